@@ -1,0 +1,89 @@
+"""base: the frozen base model, from the hub at a pinned revision, from a folder, or made for the sample.
+
+in   params.yaml: preset, presets.<preset>.model, .model_revision, seed
+out  data/base: config.json, tokenizer.json, *.safetensors
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import click
+
+from stages import hub, params, sources
+from stages.command import Stop, say, stage, whole
+
+FILES = ("config.json", "generation_config.json", "tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json")
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+
+
+@stage
+@click.option("--out", type=Path, default="data/base", show_default=True, help="Folder of the base model.")
+def main(out: Path) -> None:
+    """Fetch the base model and its tokenizer into data/base."""
+    name = params.chosen("preset", "presets")
+    preset = params.section(f"presets.{name}", params.Preset)
+    seed = params.value("seed", int)
+    key = f"presets.{name}.model"
+
+    with whole(out) as folder:
+        folder.mkdir()
+        if preset.model == sources.SAMPLE:
+            from stages import sample_base
+
+            sample_base.make(folder, seed)
+        elif source := sources.local(key, preset.model, preset.model_revision):
+            say(f"base: copying {source}")
+            copy_model(source, folder)
+        else:
+            say(f"base: fetching {preset.model} at {preset.model_revision}")
+            copy_model(hub.fetch_model(preset.model, preset.model_revision), folder)
+        write_fast_tokenizer(folder)
+        size = check_vocabulary(folder, preset.model)
+    say(f"base: {out} holds {preset.model}, {size:,} tokens in its vocabulary")
+
+
+def copy_model(source: Path, folder: Path) -> None:
+    """Copy a model's own files, byte for byte, and nothing else: no pickles, no code, no other frameworks."""
+    weights = [path for pattern in WEIGHTS for path in sorted(source.glob(pattern))]
+    if not (source / "config.json").is_file():
+        raise Stop(f"{source}: no config.json: expected a folder written by transformers' save_pretrained")
+    if not any(path.suffix == ".safetensors" for path in weights):
+        pickles = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in sorted(source.glob(pattern))]
+        refused = f" ({', '.join(pickles)}: pickled weights can run code, so they are refused)" if pickles else ""
+        raise Stop(f"{source}: no *.safetensors{refused}: save the model with save_pretrained of transformers")
+    for path in [*weights, *(path for pattern in FILES for path in sorted(source.glob(pattern)))]:
+        shutil.copyfile(path, folder / path.name)
+
+
+def write_fast_tokenizer(folder: Path) -> None:
+    """Write tokenizer.json, the one form that `tokenize` reads, where a model comes with another form only."""
+    if (folder / "tokenizer.json").is_file():
+        return
+    from transformers import AutoTokenizer
+
+    try:
+        AutoTokenizer.from_pretrained(folder, local_files_only=True).save_pretrained(folder)
+    except (OSError, ValueError, TypeError) as error:
+        raise Stop(f"{folder}: no tokenizer: expected tokenizer.json, or vocab.json and merges.txt") from error
+    if not (folder / "tokenizer.json").is_file():
+        raise Stop(f"{folder}: the tokenizer has no fast form (tokenizer.json), which `tokenize` needs")
+
+
+def check_vocabulary(folder: Path, name: str) -> int:
+    """Return the size of the tokenizer's vocabulary; stop unless the model's embedding has a row for each id."""
+    from tokenizers import Tokenizer
+
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        embedding = int(config["vocab_size"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise Stop(f"{name}: config.json holds no vocab_size: expected a causal language model") from error
+    size = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size(with_added_tokens=True)
+    if size > embedding:
+        raise Stop(f"{name}: the tokenizer has {size:,} tokens, the embedding only {embedding:,} rows: not a pair")
+    return size
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""What every stage's command line has in common: one clear line when something is wrong, whole outputs or none."""
+
+import contextlib
+import errno
+import functools
+import logging
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import click
+
+
+class Stop(click.ClickException):
+    """Something the user can put right: printed as one line, exit code 1."""
+
+    def format_message(self) -> str:
+        return " ".join(self.message.split())
+
+
+def stage(main: Callable) -> click.Command:
+    """Make a stage's main function its Click command.
+
+    What a user can put right ends in one line: a missing package, a full disk, a file that cannot be read or
+    written. Errors of the program itself keep their traceback.
+    """
+
+    @functools.wraps(main)
+    def run(*args, **kwargs):
+        quiet_libraries()
+        try:
+            return main(*args, **kwargs)
+        except ModuleNotFoundError as error:
+            if error.name.partition(".")[0] == __package__:
+                raise
+            raise Stop(f"{sys.executable} has no package {error.name}: `make install`, then activate .venv") from error
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT):
+                raise
+            raise Stop(f"{error.strerror}: {error.filename or Path.cwd()}; outputs are as they were before") from error
+
+    return click.command(help=main.__doc__)(run)
+
+
+def quiet_libraries() -> None:
+    """Keep away what libraries say on every run and a user can do nothing about."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def say(message: str) -> None:
+    """Print one line at once, also into a pipe."""
+    click.echo(message)
+    sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def whole(target: Path) -> Iterator[Path]:
+    """Yield a temporary neighbour of `target`, a file or folder to be; it takes the place of `target` at the end.
+
+    Until then, and for good when the block raises, `target` stays as it was.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    new, old = (target.with_name(f".{target.name}.{word}") for word in ("new", "old"))
+    _remove(new)
+    try:
+        yield new
+        if target.is_dir():
+            _remove(old)
+            target.rename(old)
+        new.replace(target)
+    finally:
+        _remove(new)
+        _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

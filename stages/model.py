@@ -1,0 +1,129 @@
+"""Loading the base model, in floats or quantised, and the tuned model on top of it."""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from stages import params
+from stages.command import Stop
+
+transformers_logging.disable_progress_bar()  # of reading weights: a second, in bars that say nothing
+METHOD_FILE = "method.json"
+PRECISIONS = ("auto", "bf16", "fp32")
+
+
+@dataclass
+class Quantization:
+    """methods.qlora: how the frozen base is stored (Dettmers et al., 2023, arXiv:2305.14314)."""
+
+    bits: int
+    quant_type: str
+    double_quant: bool
+
+    def __post_init__(self):
+        params.require(self.bits in (4, 8), "methods.qlora.bits", self.bits, "4 or 8")
+        known = self.quant_type in ("nf4", "fp4")
+        params.require(known, "methods.qlora.quant_type", self.quant_type, "nf4 or fp4")
+
+
+def pick_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Return the type of the matrix products. "auto" is bf16 on a GPU only: few CPUs compute in it."""
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "fp32"
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def load_base(folder: Path, quantization: Quantization | None, dtype: torch.dtype) -> PreTrainedModel:
+    """Load data/base with fp32 weights, its linear layers quantised where `quantization` is given.
+
+    Args:
+        dtype: what quantised layers compute in. Float layers compute in what autocast says.
+    """
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    if getattr(config, "activation_function", None) == "gelu_new":
+        config.activation_function = "gelu_pytorch_tanh"  # the same function in one kernel instead of six
+    device = pick_device()
+    if quantization is None:
+        return _load(folder, config).to(device)
+    model = _load(folder, config, quantization_config=_bitsandbytes(quantization, dtype), device_map={"": device})
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # Repacks 4-bit weights in place at the first evaluation: training after that crashes.
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def load_tuned(base: Path, adapter: Path, dtype: torch.dtype) -> torch.nn.Module:
+    """Load what `train` left in data/adapter: an adapter on its base, or a whole model where all was trained."""
+    method = json.loads((adapter / METHOD_FILE).read_text())
+    if method["method"] == "full":
+        return load_base(adapter, None, dtype)
+    from peft import PeftModel
+
+    quantization = Quantization(**method["quantization"]) if method["quantization"] else None
+    return PeftModel.from_pretrained(load_base(base, quantization, dtype), adapter)
+
+
+def save_method(folder: Path, method: str, quantization: Quantization | None) -> None:
+    """Record beside an adapter what it was trained on: `evaluate` loads the base in the same form."""
+    record = {"method": method, "quantization": asdict(quantization) if quantization else None}
+    (folder / METHOD_FILE).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def frozen_parameters(model: torch.nn.Module) -> int:
+    """Return the number of frozen weights; two 4-bit ones share a byte."""
+    frozen = (parameter for parameter in model.parameters() if not parameter.requires_grad)
+    return sum(math.prod(_shape(parameter)) for parameter in frozen)
+
+
+def frozen_bytes(model: torch.nn.Module) -> int:
+    """Return the bytes of all frozen weights in memory, with every scale that quantised ones need."""
+    return sum(
+        tensor.numel() * tensor.element_size()
+        for parameter in model.parameters()
+        if not parameter.requires_grad
+        for tensor in (parameter, *_scales(parameter))
+    )
+
+
+def _shape(parameter: torch.nn.Parameter) -> torch.Size:
+    state = getattr(parameter, "quant_state", None)
+    return parameter.shape if state is None else state.shape
+
+
+def _scales(parameter: torch.nn.Parameter) -> list[torch.Tensor]:
+    state = getattr(parameter, "quant_state", None)  # of 4 bits
+    nested = getattr(state, "state2", None)
+    held = [getattr(parameter, "SCB", None)]  # of 8 bits
+    for level in (state, nested):
+        held += [getattr(level, name, None) for name in ("absmax", "code", "offset")]
+    return [tensor for tensor in held if isinstance(tensor, torch.Tensor)]
+
+
+def _load(folder: Path, config, **quantized) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=torch.float32, use_safetensors=True, local_files_only=True, **quantized
+        )
+    except ValueError as error:
+        raise Stop(f"{folder}: {error}") from error
+
+
+def _bitsandbytes(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig:
+    if quantization.bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization.quant_type,
+        bnb_4bit_use_double_quant=quantization.double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )

@@ -1,0 +1,80 @@
+"""Token rows: how a text becomes what the model reads, and how a batch of it is laid out.
+
+A row is `block_size + 1` token ids: its first `block_size` are the inputs, its last `block_size` the targets.
+`lengths` tells how many ids of each row are real. What follows is padding, and it is masked by length, never by
+its id: GPT-2 has no padding token, so padding is <|endoftext|>, which is also a real token elsewhere.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from stages.command import Stop
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass
+class Rows:
+    """One split. ids: (rows, block_size + 1) uint16 or uint32; lengths: (rows,) int32, each at least 2."""
+
+    ids: np.ndarray
+    lengths: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def targets(self) -> int:
+        """Number of predicted tokens: every real token of a row but its first."""
+        return self.targets_of(slice(None))
+
+    def targets_of(self, places: np.ndarray | slice) -> int:
+        """Number of predicted tokens in some of the rows."""
+        lengths = self.lengths[places]
+        return int(lengths.sum(dtype=np.int64)) - len(lengths)
+
+
+def id_type(vocabulary_size: int) -> type[np.unsignedinteger]:
+    return np.uint16 if vocabulary_size <= 2**16 else np.uint32
+
+
+def pack(stream: np.ndarray, block_size: int, pad: int) -> Rows:
+    """Cut one stream of ids into rows, each beginning with the last id of the row before.
+
+    So every token but the stream's first is a target exactly once, and none is dropped.
+    """
+    count = max(0, -(-(len(stream) - 1) // block_size))
+    ids = np.full((count, block_size + 1), pad, dtype=stream.dtype)
+    for row in range(count):
+        piece = stream[row * block_size : (row + 1) * block_size + 1]
+        ids[row, : len(piece)] = piece
+    lengths = np.full(count, block_size + 1, dtype=np.int32)
+    if count:
+        lengths[-1] = len(stream) - (count - 1) * block_size
+    return Rows(ids, lengths)
+
+
+def pad_each(texts: list[np.ndarray], block_size: int, pad: int) -> Rows:
+    """Give each text a row of its own: cut to `block_size + 1` ids or padded up to it."""
+    ids = np.full((len(texts), block_size + 1), pad, dtype=texts[0].dtype if texts else np.uint16)
+    lengths = np.array([min(len(text), block_size + 1) for text in texts], dtype=np.int32)
+    for row, (text, length) in enumerate(zip(texts, lengths, strict=True)):
+        ids[row, :length] = text[:length]
+    return Rows(ids, lengths)
+
+
+def save(rows: Rows, folder: Path, split: str) -> None:
+    np.save(folder / f"{split}.npy", rows.ids)
+    np.save(folder / f"{split}.lengths.npy", rows.lengths)
+
+
+def load(folder: Path, split: str) -> Rows:
+    """Open one split of data/tokens, memory-mapped."""
+    try:
+        return Rows(np.load(folder / f"{split}.npy", mmap_mode="r"), np.load(folder / f"{split}.lengths.npy"))
+    except FileNotFoundError as error:
+        raise Stop(f"{error.filename} is missing: run `dvc repro tokenize`, or python -m stages.tokenize") from error
+    except ValueError as error:
+        raise Stop(f"{folder}: {split} is damaged ({error}): run `dvc repro --force tokenize`") from error

@@ -1,0 +1,31 @@
+"""Where a preset's model or dataset comes from: the hub, this disk, or the embedded sample."""
+
+import re
+from pathlib import Path
+
+from stages.command import Stop
+from stages.params import wrong
+
+SAMPLE = "sample"
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def local(key: str, source: str | None, revision: str | None) -> Path | None:
+    """Return the path that `source` names on this disk, or None when it is an id on the hub.
+
+    Args:
+        key: the parameter that holds `source`, for the error lines.
+
+    Raises:
+        Stop: nothing is named, the path does not exist, or a path was given a revision.
+    """
+    if not source:
+        raise wrong(key, source, "a folder or an id on the hub")
+    path = Path(source).expanduser()
+    if path.exists():
+        if revision:
+            raise wrong(f"{key}_revision", revision, f"null, since {source} is on this disk")
+        return path
+    if source.startswith((".", "/", "~")) or not HUB_ID.fullmatch(source):
+        raise Stop(f"params.yaml: {key}: {source!r} does not exist, seen from {Path.cwd()}")
+    return None

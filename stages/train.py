@@ -1,0 +1,131 @@
+"""train: a low-rank adapter for the frozen base (lora, qlora), or all of its weights (full).
+
+in   data/tokens, data/base, params.yaml: method, methods.<method>, lora.*, train.*, seed
+out  data/adapter: the adapter of lowest validation loss, or the whole model for method full
+     metrics/train.json, metrics/loss.csv: what training took and how the loss fell
+"""
+
+import csv
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from stages import params
+from stages.command import Stop, say, stage, whole
+
+if TYPE_CHECKING:
+    import torch
+
+    from stages.loop import History
+
+
+@dataclass
+class Plain:
+    """methods.lora and methods.full have no keys."""
+
+
+@stage
+@click.option("--tokens", type=Path, default="data/tokens", show_default=True, help="Folder of the token arrays.")
+@click.option("--base", type=Path, default="data/base", show_default=True, help="Folder of the base model.")
+@click.option("--out", type=Path, default="data/adapter", show_default=True, help="Folder of the adapter.")
+@click.option("--metrics", type=Path, default="metrics", show_default=True, help="Folder of train.json and loss.csv.")
+def main(tokens: Path, base: Path, out: Path, metrics: Path) -> None:
+    """Train an adapter on the corpus and keep the best by validation loss."""
+    say("train: loading torch and transformers")
+    import torch
+
+    from stages import lora, loop, model, rows
+
+    method = params.chosen("method", "methods")
+    section = params.section(f"methods.{method}", model.Quantization if method == "qlora" else Plain)
+    quantization = section if method == "qlora" else None
+    low_rank = params.section("lora", lora.Lora)
+    options = params.section("train", loop.Train)
+    seed = params.value("seed", int)
+
+    device = model.pick_device()
+    dtype = model.compute_dtype(options.precision, device)
+    say(f"train: {method} on {device_name(device)}, {str(dtype).removeprefix('torch.')}")
+    torch.manual_seed(seed)
+    network = model.load_base(base, quantization, dtype)
+    if method != "full":
+        network = lora.attach(network, low_rank)
+    history = loop.fit(network, rows.load(tokens, "train"), rows.load(tokens, "validation"), options, seed)
+
+    with whole(out) as folder:
+        folder.mkdir()
+        if method == "full":
+            network.save_pretrained(folder)
+        else:
+            lora.save(network, folder)
+        model.save_method(folder, method, quantization)
+    with whole(metrics / "loss.csv") as file:
+        write_csv(file, history.rows)
+    record = summary(network, history, device) | {"adapter_bytes": sum(file.stat().st_size for file in out.iterdir())}
+    with whole(metrics / "train.json") as file:
+        file.write_text(json.dumps(record, indent=2) + "\n")
+    report(history, record)
+
+
+def summary(network: "torch.nn.Module", history: "History", device: "torch.device") -> dict:
+    from stages import model
+
+    trainable = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+    total = trainable + model.frozen_parameters(network)
+    return {
+        "trainable_parameters": trainable,
+        "total_parameters": total,
+        "trainable_percent": 100 * trainable / total,
+        "frozen_base_bytes": model.frozen_bytes(network),
+        "steps": history.rows[-1]["step"],
+        "tokens": history.tokens,
+        "start_validation_loss": history.start_loss,
+        "best_validation_loss": history.best["validation_loss"],
+        "best_step": history.best["step"],
+        "train_seconds": history.seconds,
+        "tokens_per_second": history.tokens / history.seconds,
+        "peak_memory_bytes": peak_memory(device),
+    }
+
+
+def peak_memory(device: "torch.device") -> int:
+    """Return the most bytes that were held at once: by CUDA's allocator, or by the whole process on a CPU."""
+    import resource
+
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def device_name(device: "torch.device") -> str:
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
+
+
+def write_csv(file: Path, records: list[dict]) -> None:
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, records[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(records)
+
+
+def report(history: "History", record: dict) -> None:
+    best = record["best_validation_loss"]
+    say(
+        f"train: validation loss {history.start_loss:.4f} -> {best:.4f} nats/token (step {record['best_step']}), "
+        f"{record['trainable_parameters']:,} trained parameters, {record['tokens_per_second']:,.0f} tokens/s, "
+        f"peak memory {record['peak_memory_bytes'] / 1e9:.2f} GB"
+    )
+    if best >= history.start_loss:
+        say("train: warning: no better than before training; lower train.learning_rate or train for more epochs")
+
+
+if __name__ == "__main__":
+    main()
