@@ -4,18 +4,19 @@ What the hub client's cache holds whole is taken from there without a request, s
 no setting.
 """
 
+import contextlib
 import functools
 import hashlib
 import os
-import queue
 import re
 import threading
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
 from stages.command import Stop, say
 
-DEADLINE = 8  # seconds for the hub's first answer: on a machine without a hub, a stage ends within 15
+DEADLINE = 8  # seconds for the hub's first answer: where there is no hub, a stage ends within 15
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SPLITS = ("train", "validation", "test")
 MODEL_FILES = (
@@ -23,6 +24,14 @@ MODEL_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "tokenizer.model"),
 )
+# Read when the libraries are imported. Xet, the hub's own protocol for large files, retries for 4.5 minutes in
+# silence behind a firewall that lets the hub through and not its storage; plain HTTP gives up in time.
+SETTINGS = {
+    "HF_HUB_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_XET": "1",
+}
 
 
 def fetch_model(repo_id: str, revision: str | None) -> Path:
@@ -34,7 +43,7 @@ def fetch_model(repo_id: str, revision: str | None) -> Path:
     Raises:
         Stop: what is wrong with the repository, or with the way to it.
     """
-    folder = _snapshot("model", repo_id, revision, MODEL_FILES, but=["*/*"])
+    folder = _snapshot("model", repo_id, revision, MODEL_FILES, ["config.json", "*.safetensors"], but="*/*")
     if not any(folder.glob("*.safetensors")):
         from huggingface_hub import get_cached_repo_tree
 
@@ -42,8 +51,6 @@ def fetch_model(repo_id: str, revision: str | None) -> Path:
         pickles = ", ".join(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl")))
         refused = f" but {pickles}: pickled weights can run code, so they are refused" if pickles else ""
         raise Stop(f"model {repo_id}: expected *.safetensors at {revision}, which has none{refused}")
-    if not (folder / "config.json").is_file():
-        raise Stop(f"model {repo_id}: no config.json at {revision}")
     return folder
 
 
@@ -56,16 +63,16 @@ def fetch_dataset(repo_id: str, config: str | None, revision: str | None) -> dic
     Raises:
         Stop: what is wrong with the repository, or with the way to it.
     """
-    folder = _snapshot("dataset", repo_id, revision, ["README.md"])
+    folder = _snapshot("dataset", repo_id, revision, ["README.md"], ["README.md"])
     from datasets import load_dataset  # after the hub's answer: it takes a second
     from datasets.exceptions import DatasetsError
 
     what = f"dataset {repo_id}, configuration {config}"
     try:
         files = _data_files(folder, config)
-        # The client's patterns know no `**`, and their `*` crosses folders. A card without files: fetch everything.
+        # The client's patterns know no `**`, but their `*` crosses folders. A card without files: fetch everything.
         patterns = [path.replace("**/", "*") for paths in files.values() for path in paths] if files else None
-        folder = _snapshot("dataset", repo_id, revision, patterns)
+        folder = _snapshot("dataset", repo_id, revision, patterns, patterns or [])
         splits = load_dataset(str(folder), config, data_files=files)
     except (DatasetsError, ValueError, FileNotFoundError) as error:
         raise Stop(f"{what}: {error.__cause__ or error}") from error
@@ -95,56 +102,60 @@ def _data_files(folder: Path, config: str | None) -> dict[str, list[str]] | None
 
 
 def _snapshot(
-    kind: str, repo_id: str, revision: str | None, patterns: Sequence[str] | None, but: Sequence[str] = ()
+    kind: str, repo_id: str, revision: str | None, files: Sequence[str] | None, needed: Sequence[str], but: str = ""
 ) -> Path:
-    """Return the folder of the cache with a repository's files that match `patterns`, whole."""
-    for library in ("HF_HUB", "DATASETS"):  # they speak of every retry; what matters they raise
-        os.environ.setdefault(f"{library}_VERBOSITY", "error")
-    from huggingface_hub import get_cached_repo_tree, set_client_factory, snapshot_download
-    from huggingface_hub.errors import (
-        CachedRepoTreeNotFoundError,
-        HfHubHTTPError,
-        HFValidationError,
-        HTTPError,
-        LocalEntryNotFoundError,
-    )
+    """Return the folder of the cache that holds those files of a repository that match `files`, whole.
 
+    Args:
+        needed: what an offline cache must hold for `files` where nothing tells what the repository has.
+    """
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    from huggingface_hub import errors, get_cached_repo_tree, set_client_factory, snapshot_download
+
+    what = f"{kind} {repo_id}"
     set_client_factory(_client)
-    chosen = {"allow_patterns": patterns, "ignore_patterns": but}
+    if not COMMIT.fullmatch(revision or ""):
+        line = f"{what}: expected a full commit hash as its revision, not {revision!r}"
+        with contextlib.suppress(errors.HTTPError, OSError, ValueError):
+            line += f"; {revision or 'the newest'} is now {_commit(kind, repo_id, revision)}"
+        raise Stop(line)
+
+    chosen = {"allow_patterns": files, "ignore_patterns": but or None}
     fetch = functools.partial(snapshot_download, repo_id, repo_type=kind, revision=revision, **chosen)
     try:
-        if not COMMIT.fullmatch(revision or ""):
-            raise Stop(_pin(kind, repo_id, revision))
-        # Without the repository's listing, a folder in the cache may well be a part of it.
-        get_cached_repo_tree(repo_id, repo_type=kind, revision=revision)
-        return _intact(Path(fetch(local_files_only=True)), repo_id, chosen)
-    except HFValidationError as error:
-        raise Stop(f"{kind} {repo_id}: {error}") from error
-    except (CachedRepoTreeNotFoundError, LocalEntryNotFoundError):
-        pass
+        get_cached_repo_tree(repo_id, repo_type=kind, revision=revision)  # or else `fetch` returns parts for the whole
+        return _intact(Path(fetch(local_files_only=True)), what, chosen)
+    except errors.HFValidationError as error:
+        raise Stop(f"{what}: {error}") from error
+    except (errors.CachedRepoTreeNotFoundError, errors.LocalEntryNotFoundError):
+        pass  # not here yet, or not all of it
 
-    unreachable = None
     try:
         _commit(kind, repo_id, revision)
-    except HfHubHTTPError as error:
+    except errors.HfHubHTTPError as error:
         if error.response.status_code < 500 and error.response.status_code not in (408, 429):
-            raise _explain(error, kind, repo_id, revision) from error
-        say(f"the hub answers HTTP {error.response.status_code} for {kind} {repo_id}: trying for a while")
-    except (HTTPError, OSError, ValueError) as error:
-        unreachable = error
+            raise _explain(error, what, revision) from error
+        say(f"the hub answers HTTP {error.response.status_code} for {what}: trying for a while")
+    except (errors.HTTPError, OSError, ValueError) as error:
+        with contextlib.suppress(errors.LocalEntryNotFoundError):
+            folder = Path(fetch(local_files_only=True))
+            if all(any(folder.glob(pattern)) for pattern in needed):
+                return _intact(folder, what, chosen)
+        raise _explain(error, what, revision) from error
+
     try:
-        # Without a hub, a folder that came without a listing is better than none.
-        return _intact(Path(fetch(local_files_only=bool(unreachable))), repo_id, chosen)
-    except LocalEntryNotFoundError as error:
-        raise _explain(unreachable or error.__cause__ or error, kind, repo_id, revision) from error
-    except (HTTPError, OSError, ValueError) as error:
+        return _intact(Path(fetch()), what, chosen)
+    except errors.LocalEntryNotFoundError as error:
+        raise _explain(error.__cause__ or error, what, revision) from error
+    except (errors.HTTPError, OSError, ValueError) as error:
         if getattr(error, "errno", None):
             raise  # of this machine: a full disk, for one
-        raise _explain(error, kind, repo_id, revision) from error
+        raise _explain(error, what, revision) from error
 
 
 def _client():
-    """A client whose requests all end: the hub client sets no time limit on listing a repository, and 60 s on others."""
+    """A client whose requests all end: where it lists a repository, the hub client sets no time limit at all."""
     import httpx2
     from huggingface_hub import constants
     from huggingface_hub.errors import OfflineModeIsEnabled
@@ -160,58 +171,42 @@ def _client():
 
 
 def _commit(kind: str, repo_id: str, revision: str | None) -> str:
-    """Ask the hub which commit `revision` is.
+    """Ask the hub which commit `revision` is, and whether it is there at all.
 
     In a thread: a socket's time limit covers neither the resolution of names nor an answer that trickles in.
 
     Raises:
-        TimeoutError: no answer within DEADLINE; or whatever the hub client raises.
+        TimeoutError: no answer within DEADLINE; else whatever the hub client raises.
     """
     from huggingface_hub import HfApi
 
-    answers = queue.SimpleQueue()
+    answer = Future()
 
     def ask() -> None:
         try:
-            answers.put((HfApi().repo_info(repo_id, repo_type=kind, revision=revision).sha, None))
+            answer.set_result(HfApi().repo_info(repo_id, repo_type=kind, revision=revision).sha)
         except BaseException as error:  # for the caller to raise
-            answers.put((None, error))
+            answer.set_exception(error)
 
     threading.Thread(target=ask, daemon=True).start()
-    try:
-        commit, error = answers.get(timeout=DEADLINE)
-    except queue.Empty:
-        raise TimeoutError(f"no answer in {DEADLINE} s") from None
-    if error:
-        raise error
-    return commit
+    return answer.result(timeout=DEADLINE)
 
 
-def _pin(kind: str, repo_id: str, revision: str | None) -> str:
-    from huggingface_hub.errors import HTTPError
-
-    line = f"{kind} {repo_id}: expected a full commit hash (40 hexadecimal digits) as its revision, not {revision!r}"
-    try:
-        return f"{line}; the hub has it at {_commit(kind, repo_id, revision)}"
-    except (HTTPError, OSError, ValueError):
-        return line
-
-
-def _explain(error: Exception, kind: str, repo_id: str, revision: str) -> Stop:
+def _explain(error: Exception, what: str, revision: str) -> Stop:
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 
-    hub, reason = constants.ENDPOINT, str(error) or type(error).__name__
+    hub, reason = constants.ENDPOINT, str(error) or f"no answer within {DEADLINE} s"
     if isinstance(error, RevisionNotFoundError):
-        return Stop(f"{kind} {repo_id}: {hub} has no revision {revision}")
+        return Stop(f"{what}: {hub} has no revision {revision} of it")
     if isinstance(error, HfHubHTTPError):
         reason = f"HTTP {error.response.status_code}"
         if error.response.status_code in (401, 403, 404):
-            return Stop(f"{kind} {repo_id}: {hub} has none by this name, or shows it only after `hf auth login` ({reason})")
-    return Stop(f"{kind} {repo_id}: cannot be had from {hub} ({reason}); `dvc exp run -S preset=sample` runs without it")
+            return Stop(f"{what}: {hub} has none by this name, or shows it only after `hf auth login` ({reason})")
+    return Stop(f"cannot fetch {what} from {hub} ({reason}); `dvc exp run -S preset=sample` runs without it")
 
 
-def _intact(folder: Path, repo_id: str, chosen: dict) -> Path:
+def _intact(folder: Path, what: str, chosen: dict) -> Path:
     """Return `folder` if the digests of the chosen files are right: the hub client compares sizes alone."""
     from huggingface_hub.utils import filter_repo_objects
 
@@ -228,5 +223,5 @@ def _intact(folder: Path, repo_id: str, chosen: dict) -> Path:
         links[name].resolve().unlink()
         links[name].unlink()
     if damaged:
-        raise Stop(f"{repo_id}: {', '.join(damaged)} came damaged and was removed from {folder}: run again")
+        raise Stop(f"{what}: {', '.join(damaged)} came damaged and was removed from {folder}: run again")
     return folder

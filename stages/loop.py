@@ -80,7 +80,6 @@ def fit(model: torch.nn.Module, train: Rows, validation: Rows, options: Train, s
     optimizer = torch.optim.AdamW(trained, options.learning_rate, weight_decay=options.weight_decay, fused=True)
     rows_a_step = options.batch_size * options.accumulation_steps
     steps = options.epochs * math.ceil(len(train) / rows_a_step)
-    validate_every = max(1, steps // options.validations)
     set_dropout(model, options.base_dropout)
 
     start_loss = score(model, validation, options.batch_size, dtype, "validation before training").loss
@@ -101,7 +100,7 @@ def fit(model: torch.nn.Module, train: Rows, validation: Rows, options: Train, s
 
             history.tokens += counts[-1]
             bar.update()
-            validate = step % validate_every == 0 or step == steps
+            validate = step * options.validations // steps > (step - 1) * options.validations // steps
             if validate or step % LOOK_EVERY == 0:
                 check_finite(losses, step)
                 speed = history.tokens / (history.seconds + time.perf_counter() - started)
