@@ -1,5 +1,6 @@
 """Articles: a text in the form of WikiText, cut where its top-level headings stand."""
 
+import itertools
 import re
 
 # ` = Title = ` between blank lines. Deeper headings read ` = = Section = = `; formulas that look like a title
@@ -16,4 +17,4 @@ def split(text: str) -> list[str]:
     if starts and not text[: starts[0]].strip():
         starts = starts[1:]
     edges = [0, *starts, len(text)]
-    return [text[a:b] for a, b in zip(edges, edges[1:], strict=False) if a < b]
+    return [text[start:end] for start, end in itertools.pairwise(edges) if start < end]

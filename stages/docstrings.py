@@ -37,4 +37,5 @@ def _docstrings(path: Path) -> str:
         tree = ast.parse(path.read_bytes())
     except SyntaxError:
         return ""  # a template or a file for another Python
-    return "\n\n".join(filter(None, (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, DOCUMENTED))))
+    texts = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, DOCUMENTED))
+    return "\n\n".join(text for text in texts if text)

@@ -25,7 +25,7 @@ class Evaluate:
     precision: str
 
     def __post_init__(self):
-        from stages.model import PRECISIONS
+        from stages.device import PRECISIONS
 
         params.require(self.batch_size > 0, "evaluate.batch_size", self.batch_size, "an integer above 0")
         known = self.precision in PRECISIONS
@@ -40,10 +40,10 @@ class Evaluate:
 def main(tokens: Path, base: Path, adapter: Path, out: Path) -> None:
     """Score the test split under the base model and under the tuned one."""
     say("evaluate: loading torch and transformers")
-    from stages import model, rows, scoring
+    from stages import device, model, rows, scoring
 
     evaluate = params.section("evaluate", Evaluate)
-    dtype = model.compute_dtype(evaluate.precision, model.pick_device())
+    dtype = device.compute_dtype(evaluate.precision, device.pick_device())
     test = rows.load(tokens, "test")
 
     scores = {}

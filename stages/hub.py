@@ -118,7 +118,7 @@ def _snapshot(
     if not COMMIT.fullmatch(revision or ""):
         line = f"{what}: expected a full commit hash as its revision, not {revision!r}"
         with contextlib.suppress(errors.HTTPError, OSError, ValueError):
-            line += f"; {revision or 'the newest'} is now {_commit(kind, repo_id, revision)}"
+            line += f"; {revision or 'main'} is now {_commit(kind, repo_id, revision or 'main')}"
         raise Stop(line)
 
     chosen = {"allow_patterns": files, "ignore_patterns": but or None}
@@ -156,9 +156,9 @@ def _snapshot(
 
 def _client():
     """A client whose requests all end: where it lists a repository, the hub client sets no time limit at all."""
-    import httpx2
     from huggingface_hub import constants
     from huggingface_hub.errors import OfflineModeIsEnabled
+    from huggingface_hub.utils import httpx
 
     def limit(request) -> None:
         if constants.is_offline_mode():
@@ -167,10 +167,10 @@ def _client():
         waits = request.extensions["timeout"]
         request.extensions["timeout"] = {phase: min(wait or most, most) for phase, wait in waits.items()}
 
-    return httpx2.Client(event_hooks={"request": [limit]}, follow_redirects=True, timeout=None)
+    return httpx.Client(event_hooks={"request": [limit]}, follow_redirects=True, timeout=None)
 
 
-def _commit(kind: str, repo_id: str, revision: str | None) -> str:
+def _commit(kind: str, repo_id: str, revision: str) -> str:
     """Ask the hub which commit `revision` is, and whether it is there at all.
 
     In a thread: a socket's time limit covers neither the resolution of names nor an answer that trickles in.
@@ -213,13 +213,15 @@ def _intact(folder: Path, what: str, chosen: dict) -> Path:
     links = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_symlink()}
     damaged = []
     for name in filter_repo_objects(links, **chosen):
-        # The cache names a content by its digest: git's sha1 of a small file, sha256 of a large one.
+        # The cache names a content as the hub does: git's sha1 of a small file, sha256 of a large one. Some mirrors
+        # have other names, and a disk without links has none.
         digest = Path(os.readlink(links[name])).name
         git = functools.partial(hashlib.sha1, b"blob %d\0" % links[name].stat().st_size)
+        method = {40: git, 64: "sha256"}.get(len(digest))
         with links[name].open("rb") as file:
-            if hashlib.file_digest(file, git if len(digest) == 40 else "sha256").hexdigest() == digest:
-                continue
-        damaged.append(name)
+            if method and hashlib.file_digest(file, method).hexdigest() != digest:
+                damaged.append(name)
+    for name in damaged:
         links[name].resolve().unlink()
         links[name].unlink()
     if damaged:

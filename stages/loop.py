@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from stages import params
 from stages.command import Stop
-from stages.model import PRECISIONS, compute_dtype
+from stages.device import PRECISIONS, compute_dtype
 from stages.rows import Rows
 from stages.scoring import batch, nll_sum, score
 
@@ -40,7 +40,8 @@ class Train:
             share = getattr(self, name)
             params.require(0 <= share < 1, f"train.{name}", share, "a number of at least 0, below 1")
         params.require(0 <= self.weight_decay < math.inf, "train.weight_decay", self.weight_decay, "0 or more")
-        params.require(self.precision in PRECISIONS, "train.precision", self.precision, f"one of {', '.join(PRECISIONS)}")
+        known = self.precision in PRECISIONS
+        params.require(known, "train.precision", self.precision, f"one of {', '.join(PRECISIONS)}")
 
 
 @dataclass

@@ -9,12 +9,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from stages import params
-from stages.command import Stop
+from stages import device, params
+from stages.command import Stop, need
 
 transformers_logging.disable_progress_bar()  # of reading weights: a second, in bars that say nothing
 METHOD_FILE = "method.json"
-PRECISIONS = ("auto", "bf16", "fp32")
 
 
 @dataclass
@@ -31,30 +30,20 @@ class Quantization:
         params.require(known, "methods.qlora.quant_type", self.quant_type, "nf4 or fp4")
 
 
-def pick_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Return the type of the matrix products. "auto" is bf16 on a GPU only: few CPUs compute in it."""
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" else "fp32"
-    return torch.bfloat16 if precision == "bf16" else torch.float32
-
-
 def load_base(folder: Path, quantization: Quantization | None, dtype: torch.dtype) -> PreTrainedModel:
     """Load data/base with fp32 weights, its linear layers quantised where `quantization` is given.
 
     Args:
         dtype: what quantised layers compute in. Float layers compute in what autocast says.
     """
+    need(folder / "config.json", "base")
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     if getattr(config, "activation_function", None) == "gelu_new":
         config.activation_function = "gelu_pytorch_tanh"  # the same function in one kernel instead of six
-    device = pick_device()
+    place = device.pick_device()
     if quantization is None:
-        return _load(folder, config).to(device)
-    model = _load(folder, config, quantization_config=_bitsandbytes(quantization, dtype), device_map={"": device})
+        return _load(folder, config).to(place)
+    model = _load(folder, config, quantization_config=_bitsandbytes(quantization, dtype), device_map={"": place})
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # Repacks 4-bit weights in place at the first evaluation: training after that crashes.
@@ -64,7 +53,7 @@ def load_base(folder: Path, quantization: Quantization | None, dtype: torch.dtyp
 
 def load_tuned(base: Path, adapter: Path, dtype: torch.dtype) -> torch.nn.Module:
     """Load what `train` left in data/adapter: an adapter on its base, or a whole model where all was trained."""
-    method = json.loads((adapter / METHOD_FILE).read_text())
+    method = json.loads(need(adapter / METHOD_FILE, "train").read_text())
     if method["method"] == "full":
         return load_base(adapter, None, dtype)
     from peft import PeftModel

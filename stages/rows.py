@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stages.command import Stop
+from stages.command import Stop, need
 
 SPLITS = ("train", "validation", "test")
 
@@ -72,9 +72,8 @@ def save(rows: Rows, folder: Path, split: str) -> None:
 
 def load(folder: Path, split: str) -> Rows:
     """Open one split of data/tokens, memory-mapped."""
+    files = [need(folder / f"{split}{kind}.npy", "tokenize") for kind in ("", ".lengths")]
     try:
-        return Rows(np.load(folder / f"{split}.npy", mmap_mode="r"), np.load(folder / f"{split}.lengths.npy"))
-    except FileNotFoundError as error:
-        raise Stop(f"{error.filename} is missing: run `dvc repro tokenize`, or python -m stages.tokenize") from error
+        return Rows(np.load(files[0], mmap_mode="r"), np.load(files[1]))
     except ValueError as error:
-        raise Stop(f"{folder}: {split} is damaged ({error}): run `dvc repro --force tokenize`") from error
+        raise Stop(f"{folder}: the {split} split is damaged ({error}): run `dvc repro --force tokenize`") from error

@@ -1,4 +1,4 @@
-"""The base model of the embedded sample: a GPT-2 of 1M parameters, trained here on the standard library's docstrings."""
+"""The base of the embedded sample: a GPT-2 of 1M parameters, trained here on the standard library's docstrings."""
 
 from pathlib import Path
 

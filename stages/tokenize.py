@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from stages import articles, params
-from stages.command import Stop, say, stage, whole
+from stages.command import Stop, need, say, stage, whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,7 +45,7 @@ def main(raw: Path, base: Path, out: Path) -> None:
     from stages import rows
 
     tokenize = params.section("tokenize", Tokenize)
-    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config = json.loads(need(base / "config.json", "base").read_text(encoding="utf-8"))
     block_size = choose_block_size(tokenize.block_size, config)
     tokenizer = load_tokenizer(base)
     end = end_of_text(base, config, tokenizer)
@@ -55,7 +55,7 @@ def main(raw: Path, base: Path, out: Path) -> None:
     with whole(out) as folder:
         folder.mkdir()
         for split in rows.SPLITS:
-            text = (raw / f"{split}.txt").read_bytes().decode("utf-8")
+            text = need(raw / f"{split}.txt", "prepare").read_bytes().decode("utf-8")
             if tokenize.layout == "packed":
                 texts = list(encode(tokenizer, articles.split(text), dtype))
                 arrays = rows.pack(join(texts, end, dtype), block_size, end)

@@ -7,7 +7,6 @@ out  data/adapter: the adapter of lowest validation loss, or the whole model for
 
 import csv
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from stages import params
-from stages.command import Stop, say, stage, whole
+from stages.command import say, stage, whole
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +37,7 @@ def main(tokens: Path, base: Path, out: Path, metrics: Path) -> None:
     say("train: loading torch and transformers")
     import torch
 
-    from stages import lora, loop, model, rows
+    from stages import device, loop, lora, model, rows
 
     method = params.chosen("method", "methods")
     section = params.section(f"methods.{method}", model.Quantization if method == "qlora" else Plain)
@@ -47,9 +46,9 @@ def main(tokens: Path, base: Path, out: Path, metrics: Path) -> None:
     options = params.section("train", loop.Train)
     seed = params.value("seed", int)
 
-    device = model.pick_device()
-    dtype = model.compute_dtype(options.precision, device)
-    say(f"train: {method} on {device_name(device)}, {str(dtype).removeprefix('torch.')}")
+    place = device.pick_device()
+    dtype = device.compute_dtype(options.precision, place)
+    say(f"train: {method} on {device.describe(place)}, {str(dtype).removeprefix('torch.')}")
     torch.manual_seed(seed)
     network = model.load_base(base, quantization, dtype)
     if method != "full":
@@ -65,14 +64,14 @@ def main(tokens: Path, base: Path, out: Path, metrics: Path) -> None:
         model.save_method(folder, method, quantization)
     with whole(metrics / "loss.csv") as file:
         write_csv(file, history.rows)
-    record = summary(network, history, device) | {"adapter_bytes": sum(file.stat().st_size for file in out.iterdir())}
+    record = summary(network, history, place) | {"adapter_bytes": sum(file.stat().st_size for file in out.iterdir())}
     with whole(metrics / "train.json") as file:
         file.write_text(json.dumps(record, indent=2) + "\n")
     report(history, record)
 
 
-def summary(network: "torch.nn.Module", history: "History", device: "torch.device") -> dict:
-    from stages import model
+def summary(network: "torch.nn.Module", history: "History", place: "torch.device") -> dict:
+    from stages import device, model
 
     trainable = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
     total = trainable + model.frozen_parameters(network)
@@ -88,25 +87,8 @@ def summary(network: "torch.nn.Module", history: "History", device: "torch.devic
         "best_step": history.best["step"],
         "train_seconds": history.seconds,
         "tokens_per_second": history.tokens / history.seconds,
-        "peak_memory_bytes": peak_memory(device),
+        "peak_memory_bytes": device.peak_memory(place),
     }
-
-
-def peak_memory(device: "torch.device") -> int:
-    """Return the most bytes that were held at once: by CUDA's allocator, or by the whole process on a CPU."""
-    import resource
-
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def device_name(device: "torch.device") -> str:
-    import torch
-
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
 
 
 def write_csv(file: Path, records: list[dict]) -> None:

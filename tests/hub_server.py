@@ -125,7 +125,16 @@ class Handler(BaseHTTPRequestHandler):
             return
         body = (folder / path).read_bytes()
         about = entry(folder, folder / path)
-        headers["ETag"] = '"%s"' % about.get("lfs", about)["oid"]
+        digest = about.get("lfs", about)["oid"]
+        if "lfs" in about and self.headers["Host"].startswith("127.0.0.1"):
+            # As the real hub does, which keeps large files on another host ...
+            elsewhere = f"http://localhost:{self.server.server_port}{self.path}"
+            headers |= {"Location": elsewhere, "X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(body))}
+            # ... and offers its Xet protocol for them; here no one speaks it.
+            headers |= {"X-Xet-Hash": digest, "X-Xet-Refresh-Route": f"{self.hub.url}/api/xet-read-token"}
+            self.answer(302, {}, headers)
+            return
+        headers["ETag"] = f'"{digest}"'
         if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             first, last = int(asked[1]), int(asked[2] or len(body) - 1)
             headers["Content-Range"] = f"bytes {first}-{last}/{len(body)}"
@@ -167,7 +176,7 @@ def entry(folder: Path, path: Path) -> dict:
     about = {"type": "file", "path": name, "size": len(body)}
     if path.suffix in LARGE:
         sha = hashlib.sha256(body).hexdigest()
-        about["lfs"] = {"oid": sha, "size": len(body), "pointerSize": 134}
+        about |= {"lfs": {"oid": sha, "size": len(body), "pointerSize": 134}, "xetHash": sha}
         body = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha}\nsize {len(body)}\n".encode()
     about["oid"] = hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
     return about

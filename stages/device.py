@@ -1,0 +1,29 @@
+"""Where the computation runs, and in what precision."""
+
+import resource
+
+import torch
+
+PRECISIONS = ("auto", "bf16", "fp32")
+
+
+def pick_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def describe(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Return the type of the matrix products. "auto" is bf16 on a GPU only: few CPUs compute in it."""
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "fp32"
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes that were held at once: by CUDA's allocator, or by the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,440 @@
+"""What a user can get wrong ends in one line and exit code 1, and leaves every earlier output as it was."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+import click
+import numpy as np
+import pytest
+import tiny
+from click.testing import CliRunner
+
+from stages import base, command, evaluate, prepare, tokenize, train
+from stages.command import whole
+
+OUTPUTS = {"base": "data/base", "prepare": "data/raw", "tokenize": "data/tokens", "train": "data/adapter"}
+BARE = {"PATH": os.environ["PATH"], "PYTHONPATH": ""}  # an environment in which only the interpreter decides
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+
+
+def refusal(stage: click.Command, *arguments) -> str:
+    """Run a stage in the working directory, which must stay as it is; return its one line."""
+    before = contents(Path.cwd())
+    result = CliRunner().invoke(stage, list(map(str, arguments)))
+    assert isinstance(result.exception, SystemExit), "".join(traceback.format_exception(result.exception))
+    assert result.exit_code == 1, result.output
+    lines = result.stderr.splitlines()
+    assert [line for line in lines if line.startswith("Error: ")] == lines[-1:]
+    assert "Traceback" not in result.output
+    assert contents(Path.cwd()) == before
+    return lines[-1].removeprefix("Error: ")
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch, tiny_model, tiny_corpus):
+    """A working directory with outputs of an earlier run, and with a copy of the model and the corpus to break."""
+    folder = tmp_path / "workplace"
+    folder.mkdir()
+    shutil.copyfile(tiny.ROOT / "params.yaml", folder / "params.yaml")
+    shutil.copytree(tiny_model, folder / "model")
+    shutil.copytree(tiny_corpus, folder / "corpus")
+    for output in OUTPUTS.values():
+        (folder / output).mkdir(parents=True)
+        (folder / output / "earlier").write_text("output")
+    (folder / "metrics").mkdir()
+    for name in ("train.json", "loss.csv", "eval.json"):
+        (folder / "metrics" / name).write_text("earlier output")
+    for key, value in {
+        "preset": "local",
+        "presets.local.model": "model",
+        "presets.local.dataset": "corpus",
+        "tokenize.block_size": 32,
+        "train.epochs": 1,
+    }.items():
+        tiny.set_param(folder, key, value)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, tiny_model, tiny_corpus):
+    """The outputs of a run that went well, by the name of the option that reads them."""
+    folder = tiny.make_project(tmp_path_factory.mktemp("errors") / "project", tiny_model, tiny_corpus)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for stage in (base.main, prepare.main, tokenize.main, train.main):
+            result = CliRunner().invoke(stage, catch_exceptions=False)
+            assert result.exit_code == 0, result.output
+    return {name: folder / "data" / name for name in ("base", "raw", "tokens", "adapter")}
+
+
+@pytest.fixture
+def inputs(made):
+    """The options of each stage that read the outputs of a run that went well."""
+    reads = {"tokenize": ["raw", "base"], "train": ["tokens", "base"], "evaluate": ["tokens", "base", "adapter"]}
+    return {stage: [part for name in names for part in (f"--{name}", made[name])] for stage, names in reads.items()}
+
+
+# params.yaml
+
+
+@pytest.mark.parametrize("stage", [base.main, prepare.main])
+def test_an_unknown_preset(workplace, stage):
+    tiny.set_param(workplace, "preset", "typo")
+    assert refusal(stage) == "params.yaml: preset: expected one of gpt2, sample, local, not 'typo'"
+
+
+def test_an_unknown_method(workplace, inputs):
+    tiny.set_param(workplace, "method", "typo")
+    line = refusal(train.main, *inputs["train"])
+    assert line == "params.yaml: method: expected one of lora, qlora, full, not 'typo'"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("train.learning_rate", 0.0, "a number above 0"),
+        ("train.learning_rate", -1e-3, "a number above 0"),
+        ("lora.r", 0, "an integer above 0"),
+        ("train.epochs", 0, "an integer above 0"),
+        ("lora.dropout", 1.0, "a number of at least 0, below 1"),
+        ("seed", -1, "an integer of at least 0"),
+    ],
+)
+def test_a_value_that_cannot_train(workplace, inputs, key, value, expected):
+    tiny.set_param(workplace, key, value)
+    line = refusal(train.main, *inputs["train"])
+    assert line.startswith(f"params.yaml: {key}: expected {expected}")
+    assert line.endswith(f", not {value!r}")
+
+
+def test_a_layer_that_does_not_exist(workplace, inputs):
+    tiny.set_param(workplace, "lora.target_modules", ["q_proj"])
+    line = refusal(train.main, *inputs["train"])
+    kinds = "attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj"
+    assert line == f"params.yaml: lora.target_modules: expected all-linear or names among {kinds}, not 'q_proj'"
+
+
+def test_a_block_longer_than_the_model_reads(workplace, inputs):
+    tiny.set_param(workplace, "tokenize.block_size", 65)
+    line = refusal(tokenize.main, *inputs["tokenize"])
+    assert line == "params.yaml: tokenize.block_size: expected at most 64, the model's n_positions, not 65"
+
+
+@pytest.mark.parametrize("path", ["./nowhere", "/nowhere/at/all", "~/nowhere", "two words"])
+@pytest.mark.parametrize(("stage", "key"), [(base.main, "model"), (prepare.main, "dataset")])
+def test_a_path_that_does_not_exist(workplace, stage, key, path):
+    tiny.set_param(workplace, f"presets.local.{key}", path)
+    line = refusal(stage)
+    assert line == f"params.yaml: presets.local.{key}: {path!r} does not exist, seen from {workplace}"
+
+
+@pytest.mark.parametrize(("stage", "key"), [(base.main, "model"), (prepare.main, "dataset")])
+def test_a_preset_that_names_nothing(workplace, stage, key):
+    tiny.set_param(workplace, f"presets.local.{key}", None)
+    assert refusal(stage) == f"params.yaml: presets.local.{key}: expected a folder or an id on the hub, not None"
+
+
+@pytest.mark.parametrize(("stage", "key"), [(base.main, "model"), (prepare.main, "dataset")])
+def test_a_revision_of_a_folder(workplace, stage, key):
+    tiny.set_param(workplace, f"presets.local.{key}_revision", "main")
+    line = refusal(stage)
+    assert line.startswith(f"params.yaml: presets.local.{key}_revision: expected null, ")
+
+
+# The corpus
+
+
+@pytest.mark.parametrize("name", ["train", "valid", "test"])
+def test_a_text_that_is_not_utf8_by_its_file_and_byte(workplace, name):
+    file = workplace / "corpus" / f"{name}.txt"
+    text = file.read_bytes()
+    file.write_bytes(text[:1234] + b"\xff" + text[1234:])
+    assert refusal(prepare.main).startswith(f"corpus/{name}.txt: not UTF-8 at byte 1,234: ")
+
+
+def test_a_single_text_that_is_not_utf8(workplace):
+    (workplace / "corpus.txt").write_bytes("naïve".encode("latin-1"))
+    tiny.set_param(workplace, "presets.local.dataset", "corpus.txt")
+    assert refusal(prepare.main).startswith("corpus.txt: not UTF-8 at byte 2: ")
+
+
+@pytest.mark.parametrize("name", ["train", "valid", "test"])
+def test_a_corpus_without_one_of_its_splits(workplace, name):
+    (workplace / "corpus" / f"{name}.txt").unlink()
+    expected = "validation.txt or valid.txt or dev.txt" if name == "valid" else f"{name}.txt"
+    assert refusal(prepare.main).startswith(f"corpus: no {expected}: expected train.txt, ")
+
+
+@pytest.mark.parametrize("text", ["", " \n\n \n"], ids=["no bytes", "white space"])
+@pytest.mark.parametrize(("name", "split"), [("train", "train"), ("valid", "validation"), ("test", "test")])
+def test_an_empty_split(workplace, name, split, text):
+    (workplace / "corpus" / f"{name}.txt").write_text(text)
+    assert refusal(prepare.main) == f"corpus: the {split} split is empty"
+
+
+# The model
+
+
+def test_a_model_without_a_configuration(workplace):
+    (workplace / "model" / "config.json").unlink()
+    assert refusal(base.main).startswith("model: no config.json: ")
+
+
+def test_a_model_without_a_tokenizer(workplace):
+    for file in (workplace / "model").glob("tokenizer*"):
+        file.unlink()
+    line = refusal(base.main)
+    assert "model: no tokenizer: expected tokenizer.json, or vocab.json and merges.txt" in line
+    assert ".new" not in line
+
+
+def test_a_model_with_a_damaged_tokenizer(workplace):
+    (workplace / "model" / "tokenizer.json").write_text('{"version": "1.0"')
+    assert "tokenizer.json" in refusal(base.main)
+
+
+def test_a_model_with_pickled_weights_only(workplace):
+    (workplace / "model" / "model.safetensors").rename(workplace / "model" / "pytorch_model.bin")
+    line = refusal(base.main)
+    assert line.startswith(
+        "model: no *.safetensors (pytorch_model.bin: pickled weights can run code, so they are refused)"
+    )
+
+
+def test_a_model_whose_weights_are_damaged(workplace):
+    """As from a clone without Git LFS."""
+    (workplace / "model" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert "model.safetensors" in refusal(base.main)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(workplace):
+    file = workplace / "model" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"vocab_size": 299}))
+    line = refusal(base.main)
+    assert line == "model: the tokenizer has 300 tokens, the embedding only 299 rows: not a pair"
+
+
+def test_a_model_that_is_no_language_model(workplace):
+    (workplace / "model" / "config.json").write_text("{}")
+    assert refusal(base.main).startswith("model: config.json holds no vocab_size: ")
+
+
+# Stages out of order
+
+
+@pytest.mark.parametrize(
+    ("stage", "option", "maker"),
+    [
+        ("tokenize", "--raw", "prepare"),
+        ("tokenize", "--base", "base"),
+        ("train", "--tokens", "tokenize"),
+        ("train", "--base", "base"),
+        ("evaluate", "--tokens", "tokenize"),
+        ("evaluate", "--base", "base"),
+        ("evaluate", "--adapter", "train"),
+    ],
+)
+def test_an_input_that_was_not_made_yet_by_the_stage_that_makes_it(workplace, inputs, stage, option, maker):
+    main = {"tokenize": tokenize.main, "train": train.main, "evaluate": evaluate.main}[stage]
+    line = refusal(main, *inputs[stage], option, "nowhere")
+    assert line.startswith("nowhere")
+    assert line.endswith(f"is missing: run `dvc repro {maker}`, or python -m stages.{maker}")
+
+
+def test_token_arrays_that_are_damaged(workplace, inputs, made):
+    shutil.copytree(made["tokens"], workplace / "tokens")
+    (workplace / "tokens" / "train.npy").write_bytes(b"no array")
+    line = refusal(train.main, *inputs["train"], "--tokens", "tokens")
+    assert line.startswith("tokens: the train split is damaged")
+
+
+# Training that fails
+
+
+@pytest.mark.parametrize("batch_size", [8, 10_000], ids=["several steps", "one step"])
+def test_a_learning_rate_at_which_the_loss_explodes(workplace, inputs, batch_size):
+    tiny.set_param(workplace, "train.learning_rate", 1e30)
+    tiny.set_param(workplace, "train.batch_size", batch_size)
+    line = refusal(train.main, *inputs["train"])
+    assert "loss is nan" in line
+    assert "lower train.learning_rate" in line
+
+
+def test_a_model_that_is_broken(workplace, inputs, made):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(made["adapter"], workplace / "broken")
+    file = workplace / "broken" / "adapter_model.safetensors"
+    save_file({name: torch.full_like(value, torch.nan) for name, value in load_file(file).items()}, file)
+    line = refusal(evaluate.main, *inputs["evaluate"], "--adapter", "broken")
+    assert line == "evaluate: the loss is nan: the model is broken; train again with a lower learning rate"
+
+
+# The machine
+
+
+@pytest.fixture(params=[0, 8], ids=lambda room: f"{room} KB left")
+def full_disk(tmp_path, request):
+    """A disk of its own that holds the outputs of an earlier run and has no room for much more."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small disk takes the rights of root")
+    try:
+        for name in ("folder", "metrics"):
+            (disk / name).mkdir()
+            for file in ("earlier", "train.json", "loss.csv"):
+                (disk / name / file).write_text("earlier output")
+        (disk / "eval.json").write_text("earlier output")
+        with pytest.raises(OSError, match="No space left"):
+            (disk / "filling").write_bytes(bytes(2**17))
+        os.truncate(disk / "filling", (disk / "filling").stat().st_size - 1024 * request.param)
+        yield disk
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("name", ["base", "prepare", "tokenize", "train", "train of all weights", "evaluate"])
+def test_a_full_disk(workplace, inputs, full_disk, name):
+    stage = name.split()[0]
+    if name == "train of all weights":
+        tiny.set_param(workplace, "method", "full")
+    main = {"base": base, "prepare": prepare, "tokenize": tokenize, "train": train, "evaluate": evaluate}[stage].main
+    outputs = {"train": ["--out", full_disk / "folder", "--metrics", full_disk / "metrics"]}
+    outputs["evaluate"] = ["--out", full_disk / "eval.json"]
+    before = contents(full_disk)
+    line = refusal(main, *inputs.get(stage, ()), *outputs.get(stage, ["--out", full_disk / "folder"]))
+    print(name, "LINE", line)
+    assert "No space left on device" in line
+    assert contents(full_disk) == before
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS])
+def test_an_output_that_cannot_be_written(workplace, monkeypatch, number):
+    def refuse(path, data):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    assert refusal(prepare.main).startswith(f"{os.strerror(number)}: ")
+
+
+def test_an_interpreter_without_the_packages():
+    # -S: without site-packages, as an interpreter outside the environment.
+    arguments = [sys.executable, "-S", "-m", "stages.train"]
+    done = subprocess.run(arguments, cwd=tiny.ROOT, env=BARE, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("Error: ")
+    assert "has no click and no omegaconf: activate the environment first" in line
+
+
+@pytest.mark.parametrize("package", ["torch", "transformers", "peft"])
+def test_an_environment_without_one_of_the_packages(workplace, inputs, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    for name in ("stages.lora", "stages.loop", "stages.model", "stages.scoring", "stages.device"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        monkeypatch.delattr(sys.modules["stages"], name.partition(".")[2], raising=False)
+    line = refusal(train.main, *inputs["train"])
+    assert line == f"{sys.executable} has no package {package}: `make install`, then activate .venv"
+
+
+def test_the_line_is_all_there_is_on_a_terminal(workplace):
+    tiny.set_param(workplace, "preset", "typo")
+    environment = BARE | {"PYTHONPATH": str(tiny.ROOT)}
+    done = subprocess.run([sys.executable, "-m", "stages.base"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr == "Error: params.yaml: preset: expected one of gpt2, sample, local, not 'typo'\n"
+
+
+def test_an_error_of_the_program_keeps_its_traceback(workplace, monkeypatch):
+    def broken(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(prepare, "read_folder", broken)
+    with pytest.raises(ZeroDivisionError):
+        CliRunner().invoke(prepare.main, catch_exceptions=False)
+
+
+# Whole outputs or none
+
+
+@pytest.fixture(params=["folder", "file"])
+def target(tmp_path, request):
+    """An earlier output in a folder of its own."""
+    path = tmp_path / "out" / "target"
+    if request.param == "folder":
+        path.mkdir(parents=True)
+        (path / "old").write_text("old")
+    else:
+        path.parent.mkdir()
+        path.write_text("old")
+    return path
+
+
+def write(target: Path, new: Path) -> None:
+    if target.is_dir():
+        new.mkdir()
+        (new / "new").write_text("new")
+    else:
+        new.write_text("new")
+
+
+def test_a_whole_output_takes_the_place_of_the_old(target):
+    folder = target.is_dir()
+    with whole(target) as new:
+        write(target, new)
+        assert (target / "old" if folder else target).read_text() == "old"
+    assert [path.name for path in target.parent.iterdir()] == ["target"]
+    assert (target / "new" if folder else target).read_text() == "new"
+    assert not folder or [path.name for path in target.iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_a_block_that_raises_leaves_the_old_output_and_nothing_else(target, error):
+    before = contents(target.parent)
+    with pytest.raises(error), whole(target) as new:
+        write(target, new)
+        raise error
+    assert contents(target.parent) == before
+
+
+def test_a_block_that_writes_nothing_leaves_the_old_output(target):
+    before = contents(target.parent)
+    with pytest.raises(FileNotFoundError), whole(target):
+        pass
+    assert contents(target.parent) == before
+
+
+def test_what_a_killed_run_left_behind_is_cleared_away(target):
+    for word in ("new", "old"):
+        (target.parent / f".target.{word}").mkdir()
+        (target.parent / f".target.{word}" / "half").write_text("half")
+    with whole(target) as new:
+        assert not new.exists()
+        write(target, new)
+    assert [path.name for path in target.parent.iterdir()] == ["target"]
+
+
+def test_a_first_output_makes_its_folder(tmp_path):
+    with whole(tmp_path / "a" / "b" / "numbers.npy") as file:
+        np.save(file.open("wb"), np.arange(3))
+    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["numbers.npy"]
+
+
+def test_a_line_stays_a_line_whatever_an_error_says():
+    assert command.Stop("one\n  two\nthree").format_message() == "one two three"
