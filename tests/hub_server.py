@@ -149,7 +149,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        kind = self.fault.kind if self.fault else ""
+        kind = self.fault.kind if self.fault and status < 300 else ""
         if self.command == "HEAD":
             return
         if kind == "corrupt":

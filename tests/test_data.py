@@ -380,12 +380,14 @@ def test_wikitext2_comes_out_of_prepare_byte_for_byte(workplace):
 @needs_wikitext2
 @needs_tokenizer
 def test_wikitext2_has_the_known_number_of_gpt2_tokens(workplace):
-    gpt2 = workplace / "gpt2"
-    shutil.copytree(GPT2_TOKENIZER, gpt2)
-    (gpt2 / "config.json").write_text(json.dumps({"model_type": "gpt2", "vocab_size": 50_257, "n_positions": 1024}))
-    base.write_fast_tokenizer(gpt2)
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shutil.copytree(GPT2_TOKENIZER, "gpt2", copy_function=shutil.copyfile)
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=2, n_head=1)).save_pretrained("gpt2")
+    tiny.set_param(workplace, "presets.local.model", "gpt2")
+    run(base.main, "--out", "base")
     tiny.set_param(workplace, "presets.local.dataset", WIKITEXT2)
-    manifest = tokens(workplace, "packed", None, gpt2)
+    manifest = tokens(workplace, "packed", None, "base")
     assert {split: counts["tokens"] for split, counts in manifest["splits"].items()} == GPT2_TOKENS
     assert manifest["end_of_text_id"] == 50_256
     assert manifest["vocabulary_size"] == 50_257

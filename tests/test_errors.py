@@ -190,12 +190,17 @@ def test_a_model_without_a_configuration(workplace):
     assert refusal(base.main).startswith("model: no config.json: ")
 
 
-def test_a_model_without_a_tokenizer(workplace):
-    for file in (workplace / "model").glob("tokenizer*"):
-        file.unlink()
+@pytest.mark.parametrize("left", ["", "vocab.json", "merges.txt"])
+def test_a_model_without_a_tokenizer(workplace, left):
+    folder = workplace / "model"
+    parts = json.loads((folder / "tokenizer.json").read_text())["model"]
+    (folder / "tokenizer.json").unlink()
+    if left == "vocab.json":
+        (folder / left).write_text(json.dumps(parts["vocab"]))
+    if left == "merges.txt":
+        (folder / left).write_text("".join(f"{one} {other}\n" for one, other in parts["merges"]))
     line = refusal(base.main)
-    assert "model: no tokenizer: expected tokenizer.json, or vocab.json and merges.txt" in line
-    assert ".new" not in line
+    assert line == "model: no tokenizer: expected tokenizer.json, or vocab.json and merges.txt"
 
 
 def test_a_model_with_a_damaged_tokenizer(workplace):
@@ -285,9 +290,9 @@ def test_a_model_that_is_broken(workplace, inputs, made):
 # The machine
 
 
-@pytest.fixture(params=[0, 8], ids=lambda room: f"{room} KB left")
+@pytest.fixture
 def full_disk(tmp_path, request):
-    """A disk of its own that holds the outputs of an earlier run and has no room for much more."""
+    """A disk of its own that holds the outputs of an earlier run and has room for so many more KB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
@@ -307,18 +312,21 @@ def full_disk(tmp_path, request):
         subprocess.run(["umount", str(disk)], check=True)
 
 
-@pytest.mark.parametrize("name", ["base", "prepare", "tokenize", "train", "train of all weights", "evaluate"])
+@pytest.mark.parametrize(
+    ("name", "full_disk"),
+    [*((name, room) for name in ("base", "prepare", "tokenize", "train", "full") for room in (0, 8)), ("evaluate", 0)],
+    indirect=["full_disk"],
+)
 def test_a_full_disk(workplace, inputs, full_disk, name):
-    stage = name.split()[0]
-    if name == "train of all weights":
-        tiny.set_param(workplace, "method", "full")
+    stage = "train" if name == "full" else name
+    tiny.set_param(workplace, "method", "full" if name == "full" else "lora")
     main = {"base": base, "prepare": prepare, "tokenize": tokenize, "train": train, "evaluate": evaluate}[stage].main
     outputs = {"train": ["--out", full_disk / "folder", "--metrics", full_disk / "metrics"]}
     outputs["evaluate"] = ["--out", full_disk / "eval.json"]
     before = contents(full_disk)
     line = refusal(main, *inputs.get(stage, ()), *outputs.get(stage, ["--out", full_disk / "folder"]))
-    print(name, "LINE", line)
     assert "No space left on device" in line
+    assert str(full_disk) in line
     assert contents(full_disk) == before
 
 
@@ -328,7 +336,7 @@ def test_an_output_that_cannot_be_written(workplace, monkeypatch, number):
         raise OSError(number, os.strerror(number), str(path))
 
     monkeypatch.setattr(Path, "write_bytes", refuse)
-    assert refusal(prepare.main).startswith(f"{os.strerror(number)}: ")
+    assert os.strerror(number) in refusal(prepare.main)
 
 
 def test_an_interpreter_without_the_packages():
