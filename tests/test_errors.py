@@ -216,6 +216,16 @@ def test_a_model_with_pickled_weights_only(workplace):
     )
 
 
+def test_pickles_and_code_beside_the_weights_are_left_behind(workplace):
+    strangers = {"pytorch_model.bin", "modeling_gpt2.py", "tf_model.h5"}
+    own = {path.name for path in (workplace / "model").iterdir()}
+    for name in strangers:
+        (workplace / "model" / name).write_text("never read")
+    result = CliRunner().invoke(base.main, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in Path("data/base").iterdir()} == own
+
+
 def test_a_model_whose_weights_are_damaged(workplace):
     """As from a clone without Git LFS."""
     (workplace / "model" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")

@@ -143,6 +143,14 @@ def test_scoring_leaves_no_gradient_and_the_mode_as_it_was(lively):
         assert all(value.grad is None for value in lively.parameters())
 
 
+def test_scoring_keeps_nothing_for_gradients(lively):
+    seen = []
+    lively.get_base_model().lm_head.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    scoring.score(lively, make_rows(LENGTHS), 4, FP32, "")
+    assert seen
+    assert not any(seen)
+
+
 def test_scoring_uses_no_dropout(tiny_model):
     network = adapted(tiny_model, dropout=0.5)
     loop.set_dropout(network, 0.5)
@@ -278,6 +286,31 @@ def test_the_history_tells_the_rate_and_the_norm_of_each_step(tiny_model):
     assert [row["learning_rate"] for row in history.rows] == [loop.learning_rate(step, 3, chosen) for step in (1, 2, 3)]
     assert all(row["gradient_norm"] > chosen.clip_norm for row in history.rows), "before clipping"
     assert history.rows[-1]["tokens"] == history.tokens == train.targets
+
+
+def test_a_step_goes_by_the_rate_of_the_schedule(tiny_model, monkeypatch):
+    network, train = adapted(tiny_model), make_rows(LENGTHS)
+    before = trained(network)
+    monkeypatch.setattr(loop, "learning_rate", lambda *_: 0.0)
+    loop.fit(network, train, train, options(), seed=0)
+    assert same(trained(network), before)
+
+
+def test_the_train_loss_of_a_row_is_that_of_its_own_steps(tiny_model, monkeypatch):
+    network, train = adapted(tiny_model), make_rows(LENGTHS)
+    monkeypatch.setattr(loop, "learning_rate", lambda *_: 0.0)
+    history = loop.fit(network, train, train, options(validations=3), seed=0)
+    for row, places in zip(history.rows, loop.batches(len(train), 4, 1, seed=0), strict=True):
+        expected = gradients(network, train, places, 4)[0] / train.targets_of(places)
+        assert row["train_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_step_starts_from_no_gradient(tiny_model, monkeypatch):
+    network, train = adapted(tiny_model), make_rows(LENGTHS)
+    monkeypatch.setattr(loop, "learning_rate", lambda *_: 0.0)
+    history = loop.fit(network, train, train, options(epochs=3, batch_size=100, clip_norm=1e6, validations=3), seed=0)
+    first, *others = [row["gradient_norm"] for row in history.rows]
+    assert others == pytest.approx([first] * 2, rel=1e-3)
 
 
 def test_base_dropout_leaves_the_adapters_alone(tiny_model):
