@@ -14,7 +14,7 @@ import alive
 
 EXPERIMENTS = {"lora": "demo-lora", "qlora": "demo-qlora"}
 # The sample's model is a hundredth of GPT-2's size and learns best at a higher rate.
-SETTINGS = ["preset=sample", "train.learning_rate=5e-3", "train.epochs=2"]
+SETTINGS = ["preset=sample", "train.learning_rate=5e-3", "train.epochs=2", "train.validations=4"]
 
 
 def main() -> int:
