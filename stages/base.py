@@ -14,6 +14,7 @@ from stages import hub, params, sources
 from stages.command import Stop, say, stage, whole
 
 FILES = ("config.json", "generation_config.json", "tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json")
+SLOW_TOKENIZERS = (("vocab.json", "merges.txt"), ("tokenizer.model",))
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 
 
@@ -23,7 +24,7 @@ def main(out: Path) -> None:
     """Fetch the base model and its tokenizer into data/base."""
     name = params.chosen("preset", "presets")
     preset = params.section(f"presets.{name}", params.Preset)
-    seed = params.value("seed", int)
+    seed = params.seed()
     key = f"presets.{name}.model"
 
     with whole(out) as folder:
@@ -38,7 +39,8 @@ def main(out: Path) -> None:
         else:
             say(f"base: fetching {preset.model} at {preset.model_revision}")
             copy_model(hub.fetch_model(preset.model, preset.model_revision), folder)
-        write_fast_tokenizer(folder)
+        check_weights(folder, preset.model)
+        write_fast_tokenizer(folder, preset.model)
         size = check_vocabulary(folder, preset.model)
     say(f"base: {out} holds {preset.model}, {size:,} tokens in its vocabulary")
 
@@ -52,22 +54,38 @@ def copy_model(source: Path, folder: Path) -> None:
         pickles = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in sorted(source.glob(pattern))]
         refused = f" ({', '.join(pickles)}: pickled weights can run code, so they are refused)" if pickles else ""
         raise Stop(f"{source}: no *.safetensors{refused}: save the model with save_pretrained of transformers")
-    for path in [*weights, *(path for pattern in FILES for path in sorted(source.glob(pattern)))]:
+    others = [path for pattern in FILES for path in sorted(source.glob(pattern)) if path.is_file()]
+    for path in [*weights, *others]:
         shutil.copyfile(path, folder / path.name)
 
 
-def write_fast_tokenizer(folder: Path) -> None:
+def check_weights(folder: Path, name: str) -> None:
+    """Stop at a file of weights that is cut off, or that is only the pointer of a clone without Git LFS."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, "numpy"):
+                pass
+        except SafetensorError as error:
+            raise Stop(f"{name}: {file.name} is damaged, or a pointer of Git LFS: {error}") from error
+
+
+def write_fast_tokenizer(folder: Path, name: str) -> None:
     """Write tokenizer.json, the one form that `tokenize` reads, where a model comes with another form only."""
     if (folder / "tokenizer.json").is_file():
         return
+    absent = Stop(f"{name}: no tokenizer: expected tokenizer.json, or vocab.json and merges.txt")
+    if not any(all((folder / file).is_file() for file in files) for files in SLOW_TOKENIZERS):
+        raise absent  # transformers would make an empty one, and say nothing
     from transformers import AutoTokenizer
 
     try:
         AutoTokenizer.from_pretrained(folder, local_files_only=True).save_pretrained(folder)
     except (OSError, ValueError, TypeError) as error:
-        raise Stop(f"{folder}: no tokenizer: expected tokenizer.json, or vocab.json and merges.txt") from error
+        raise absent from error
     if not (folder / "tokenizer.json").is_file():
-        raise Stop(f"{folder}: the tokenizer has no fast form (tokenizer.json), which `tokenize` needs")
+        raise Stop(f"{name}: the tokenizer has no fast form (tokenizer.json), which `tokenize` needs")
 
 
 def check_vocabulary(folder: Path, name: str) -> int:
@@ -79,7 +97,10 @@ def check_vocabulary(folder: Path, name: str) -> int:
         embedding = int(config["vocab_size"])
     except (ValueError, KeyError, TypeError) as error:
         raise Stop(f"{name}: config.json holds no vocab_size: expected a causal language model") from error
-    size = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size(with_added_tokens=True)
+    try:
+        size = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size(with_added_tokens=True)
+    except Exception as error:  # the library raises no other kind
+        raise Stop(f"{name}: tokenizer.json is damaged: {error}") from error
     if size > embedding:
         raise Stop(f"{name}: the tokenizer has {size:,} tokens, the embedding only {embedding:,} rows: not a pair")
     return size

@@ -5,6 +5,7 @@ import errno
 import functools
 import logging
 import os
+import re
 import shutil
 import sys
 import warnings
@@ -12,6 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
+
+# What NumPy and safetensors say, in errors without a number, when a disk is full.
+FULL = re.compile(r"\d+ requested and \d+ written|No space left on device")
 
 
 class Stop(click.ClickException):
@@ -83,8 +87,14 @@ def whole(target: Path) -> Iterator[Path]:
             _remove(old)
             target.rename(old)
         new.replace(target)
+    except Exception as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or FULL.search(str(error)):
+            raise Stop(f"No space left on device for {target}, which is as it was before") from error
+        raise
     finally:
         _remove(new)
+        if old.exists() and not target.exists():
+            old.rename(target)
         _remove(old)
 
 

@@ -111,6 +111,8 @@ def fit(model: torch.nn.Module, train: Rows, validation: Rows, options: Train, s
                 history.seconds += time.perf_counter() - started
                 bar.clear()
                 found = score(model, validation, options.batch_size, dtype, f"validation at step {step}").loss
+                if not math.isfinite(found):
+                    raise diverged("validation loss", found, step)
                 history.add(step, train_loss, found, rate, float(norm))
                 if history.best is history.rows[-1]:
                     best_values = [parameter.detach().to("cpu", copy=True) for parameter in trained]
@@ -168,7 +170,11 @@ def check_finite(losses: list[torch.Tensor], step: int) -> None:
     finite = torch.isfinite(torch.stack(losses)).tolist()
     if not all(finite):
         bad = step - len(losses) + 1 + finite.index(False)
-        raise Stop(
-            f"train: the loss is {float(losses[finite.index(False)])} at step {bad}: lower train.learning_rate, "
-            "raise train.warmup_fraction, or set train.precision to fp32"
-        )
+        raise diverged("loss", float(losses[finite.index(False)]), bad)
+
+
+def diverged(what: str, loss: float, step: int) -> Stop:
+    return Stop(
+        f"train: the {what} is {loss} at step {step}: lower train.learning_rate, raise train.warmup_fraction, "
+        "or set train.precision to fp32"
+    )

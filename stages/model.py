@@ -43,12 +43,24 @@ def load_base(folder: Path, quantization: Quantization | None, dtype: torch.dtyp
     place = device.pick_device()
     if quantization is None:
         return _load(folder, config).to(place)
+    from bitsandbytes.nn import Linear4bit
+
     model = _load(folder, config, quantization_config=_bitsandbytes(quantization, dtype), device_map={"": place})
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
+    for name, module in model.named_modules():
+        if isinstance(module, Linear4bit):
+            check_width(name, module.in_features, place)
             # Repacks 4-bit weights in place at the first evaluation: training after that crashes.
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def check_width(name: str, width: int, place: torch.device) -> None:
+    """Stop at a 4-bit layer that bitsandbytes 0.50 would compute wrongly, and say nothing."""
+    if place.type == "cpu" and width % 64:
+        raise Stop(
+            f"{name} has {width} inputs: on a CPU bitsandbytes mixes up the scales of 4-bit layers whose inputs are no "
+            "multiple of 64; set methods.qlora.bits to 8, or use a GPU"
+        )
 
 
 def load_tuned(base: Path, adapter: Path, dtype: torch.dtype) -> torch.nn.Module:
@@ -76,12 +88,12 @@ def frozen_parameters(model: torch.nn.Module) -> int:
 
 def frozen_bytes(model: torch.nn.Module) -> int:
     """Return the bytes of all frozen weights in memory, with every scale that quantised ones need."""
-    return sum(
-        tensor.numel() * tensor.element_size()
-        for parameter in model.parameters()
-        if not parameter.requires_grad
-        for tensor in (parameter, *_scales(parameter))
-    )
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    tensors = [tensor for parameter in frozen for tensor in (parameter, *_scales(parameter))]
+    # An 8-bit layer takes the scales over from its weight at its first use.
+    states = (getattr(module, "state", None) for module in model.modules())
+    tensors += [state.SCB for state in states if getattr(state, "SCB", None) is not None]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _shape(parameter: torch.nn.Parameter) -> torch.Size:

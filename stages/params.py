@@ -64,6 +64,13 @@ def value(key: str, kind: type[Section]) -> Section:
         raise wrong(key, found, _name(kind)) from error
 
 
+def seed() -> int:
+    """Return the seed of every random choice."""
+    found = value("seed", int)
+    require(0 <= found < 2**64, "seed", found, "an integer of at least 0, below 2**64")
+    return found
+
+
 def chosen(knob: str, variants: str) -> str:
     """Return the variant that `knob` names ("preset", "method"), one of the keys of `variants`."""
     name = value(knob, str)

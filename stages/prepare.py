@@ -43,7 +43,7 @@ def main(out: Path) -> None:
     name = params.chosen("preset", "presets")
     preset = params.section(f"presets.{name}", params.Preset)
     prepare = params.section("prepare", Prepare)
-    seed = params.value("seed", int)
+    seed = params.seed()
     shares = (prepare.validation_share, prepare.test_share)
 
     say(f"prepare: reading {preset.dataset}")

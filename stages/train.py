@@ -44,7 +44,7 @@ def main(tokens: Path, base: Path, out: Path, metrics: Path) -> None:
     quantization = section if method == "qlora" else None
     low_rank = params.section("lora", lora.Lora)
     options = params.section("train", loop.Train)
-    seed = params.value("seed", int)
+    seed = params.seed()
 
     place = device.pick_device()
     dtype = device.compute_dtype(options.precision, place)

@@ -12,9 +12,9 @@ from transformers.pytorch_utils import Conv1D
 from stages import lora, model, scoring
 from stages.command import Stop
 
-LAYERS, WIDTH, LIVELY_WIDTH = 2, 32, 64
+LAYERS, WIDTH = 2, 64
 KINDS = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
-IN_OUT = {"attn.c_attn": (32, 96), "attn.c_proj": (32, 32), "mlp.c_fc": (32, 128), "mlp.c_proj": (128, 32)}  # at WIDTH
+IN_OUT = {"attn.c_attn": (64, 192), "attn.c_proj": (64, 64), "mlp.c_fc": (64, 256), "mlp.c_proj": (256, 64)}  # at WIDTH
 BLOCK, NESTED_BLOCK = 64, 256  # weights that share a scale, and scales that share one
 IDS = torch.arange(3 * 40).reshape(3, 40) * 7 % 300
 FLOAT = None
@@ -59,13 +59,10 @@ def step(network, dtype=torch.float32) -> None:
 
 @pytest.fixture(scope="module")
 def lively(tmp_path_factory):
-    """A GPT-2 with large weights, so that its activations leave the range where all gelus are alike.
-
-    Its width is a multiple of 64: on a CPU with AVX512, bitsandbytes 0.50 mixes up the scales of narrower layers.
-    """
+    """A GPT-2 with large weights, so that its activations leave the range where all gelus are alike."""
     folder = tmp_path_factory.mktemp("lively")
     torch.manual_seed(0)
-    size = {"n_layer": LAYERS, "n_embd": LIVELY_WIDTH, "n_head": 2}
+    size = {"n_layer": LAYERS, "n_embd": WIDTH, "n_head": 2}
     config = GPT2Config(vocab_size=300, n_positions=64, initializer_range=0.3, **size)
     GPT2LMHeadModel(config).save_pretrained(folder)
     return folder
@@ -77,8 +74,8 @@ def llama(tmp_path_factory):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=300,
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
         num_hidden_layers=LAYERS,
         num_attention_heads=2,
         max_position_embeddings=64,
@@ -131,10 +128,18 @@ def test_a_quantised_base_keeps_embeddings_and_head_in_floats(tiny_model, quanti
 def test_quantised_layers_compute_nearly_what_the_float_layers_do(lively, quantization):
     exact, near = load(lively).transformer.h[1], load(lively, quantization).transformer.h[1]
     for kind, (inputs, _) in IN_OUT.items():
-        x = torch.randn(20, inputs * LIVELY_WIDTH // WIDTH)
+        x = torch.randn(20, inputs)
         expected = exact.get_submodule(kind)(x)
         error = float((near.get_submodule(kind)(x) - expected).norm() / expected.norm())
         assert 0 < error < (0.02 if quantization.bits == 8 else 0.2), "1.4 where a square matrix is transposed"
+
+
+def test_a_4_bit_layer_that_a_cpu_computes_wrongly_is_refused(tmp_path):
+    config = GPT2Config(vocab_size=300, n_positions=64, n_layer=1, n_embd=32, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    with pytest.raises(Stop, match=r"transformer\.h\.0\.attn\.c_attn has 32 inputs"):
+        load(tmp_path, NF4)
+    load(tmp_path, INT8)
 
 
 @of_quantised_bases
@@ -263,7 +268,7 @@ def test_an_adapter_adds_alpha_over_r_times_b_a(lively):
     layer = network.get_base_model().transformer.h[0].attn.c_attn
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     torch.nn.init.normal_(b)
-    x = torch.randn(5, LIVELY_WIDTH)
+    x = torch.randn(5, WIDTH)
     assert type(layer.base_layer) is Conv1D
     torch.testing.assert_close(layer(x), layer.base_layer(x) + (8 / 4) * x @ a.T @ b.T)
 

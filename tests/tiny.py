@@ -36,7 +36,7 @@ def write_corpus(folder: Path, seed: int = 0) -> Path:
 
 
 def write_model(folder: Path, corpus: Path, seed: int = 0) -> Path:
-    """Write an untrained GPT-2 of 30,000 parameters, with a byte-level BPE of the corpus."""
+    """Write an untrained GPT-2 of 120,000 parameters, with a byte-level BPE of the corpus."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -57,7 +57,7 @@ def write_model(folder: Path, corpus: Path, seed: int = 0) -> Path:
         vocab_size=tokenizer.get_vocab_size(),
         n_positions=POSITIONS,
         n_layer=2,
-        n_embd=32,
+        n_embd=64,  # a multiple of 64: see stages/model.py, check_width
         n_head=2,
         bos_token_id=end,
         eos_token_id=end,
