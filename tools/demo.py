@@ -21,18 +21,18 @@ def main() -> int:
     os.chdir(Path(__file__).resolve().parent.parent)
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     forget_earlier_runs()
-    for method, name in EXPERIMENTS.items():
-        options = [word for setting in [f"method={method}", *SETTINGS] for word in ("-S", setting)]
-        command = ["dvc", "exp", "run", "--temp", "--name", name, *options]
+    commands = [experiment(method, name) for method, name in EXPERIMENTS.items()]
+    for command in [*commands, ["dvc", "metrics", "diff", *EXPERIMENTS.values()]]:
         print(f"\n$ {' '.join(command)}", flush=True)
         if code := alive.run(command):
             return code
-    command = ["dvc", "metrics", "diff", *EXPERIMENTS.values()]
-    print(f"\n$ {' '.join(command)}", flush=True)
-    if code := alive.run(command):
-        return code
     print_table(figures())
     return 0
+
+
+def experiment(method: str, name: str) -> list[str]:
+    options = [word for setting in [f"method={method}", *SETTINGS] for word in ("-S", setting)]
+    return ["dvc", "exp", "run", "--temp", "--name", name, *options]
 
 
 def forget_earlier_runs() -> None:
