@@ -23,6 +23,7 @@ class Train:
     batch_size: int
     accumulation_steps: int
     learning_rate: float
+    lora_plus_ratio: float
     warmup_fraction: float
     weight_decay: float
     clip_norm: float
@@ -33,7 +34,7 @@ class Train:
     def __post_init__(self):
         for name in ("epochs", "batch_size", "accumulation_steps", "validations"):
             params.require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "an integer above 0")
-        for name in ("learning_rate", "clip_norm"):
+        for name in ("learning_rate", "lora_plus_ratio", "clip_norm"):
             number = getattr(self, name)
             params.require(0 < number < math.inf, f"train.{name}", number, "a number above 0")
         for name in ("warmup_fraction", "base_dropout"):
@@ -78,7 +79,8 @@ def fit(model: torch.nn.Module, train: Rows, validation: Rows, options: Train, s
     device = next(model.parameters()).device
     dtype = compute_dtype(options.precision, device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, options.learning_rate, weight_decay=options.weight_decay, fused=True)
+    groups = learning_groups(model, options.lora_plus_ratio)
+    optimizer = torch.optim.AdamW(groups, options.learning_rate, weight_decay=options.weight_decay, fused=True)
     rows_a_step = options.batch_size * options.accumulation_steps
     steps = options.epochs * math.ceil(len(train) / rows_a_step)
     set_dropout(model, options.base_dropout)
@@ -95,7 +97,9 @@ def fit(model: torch.nn.Module, train: Rows, validation: Rows, options: Train, s
             counts.append(train.targets_of(places))
             losses.append(accumulate(model, train, places, options.batch_size, dtype))
             norm = torch.nn.utils.clip_grad_norm_(trained, options.clip_norm)
-            rate = optimizer.param_groups[0]["lr"] = learning_rate(step, steps, options)
+            rate = learning_rate(step, steps, options)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["ratio"]
             optimizer.step()
             optimizer.zero_grad()
 
@@ -154,6 +158,15 @@ def learning_rate(step: int, steps: int, options: Train) -> float:
     if step <= warmup:
         return options.learning_rate * step / warmup
     return options.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - 1 - warmup) / (steps - warmup)))
+
+
+def learning_groups(model: torch.nn.Module, ratio: float) -> list[dict]:
+    """Return AdamW's groups: the factors B learn at `ratio` times the rate of all else (LoRA+, arXiv:2402.12354)."""
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return [
+        {"params": [parameter for name, parameter in trained if ".lora_B." not in name], "ratio": 1.0},
+        {"params": [parameter for name, parameter in trained if ".lora_B." in name], "ratio": ratio},
+    ]
 
 
 def set_dropout(model: torch.nn.Module, share: float) -> None:

@@ -1,15 +1,24 @@
-"""The low-rank adapter: which layers get one, and how it is written (Hu et al., 2021, arXiv:2106.09685)."""
+"""The low-rank adapter: which layers get one, how it starts, and how it is written.
+
+A layer y = W x becomes y = W x + s B A x with A (r, in), B (out, r), s = alpha / r (Hu et al., 2021, arXiv:2106.09685),
+or alpha / sqrt(r) with use_rslora (Kalajdzievski, 2023, arXiv:2312.03732). With use_dora the sum W + s B A is scaled to
+learned lengths of its rows (Liu et al., 2024, arXiv:2402.09353).
+"""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from stages import params
+from stages import fake_quant, lora_init, params
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 @dataclass
@@ -18,6 +27,11 @@ class Lora:
     alpha: float
     dropout: float
     target_modules: Any  # "all-linear", or a list of names
+    layers: Any  # "all", a number, a range such as "6-11", or a list of numbers
+    bits: int
+    use_rslora: bool
+    use_dora: bool
+    init: str
 
     def __post_init__(self):
         params.require(self.r > 0, "lora.r", self.r, "an integer above 0")
@@ -26,15 +40,38 @@ class Lora:
         named = isinstance(self.target_modules, list) and all(isinstance(name, str) for name in self.target_modules)
         good = self.target_modules == "all-linear" or (named and self.target_modules)
         params.require(good, "lora.target_modules", self.target_modules, "all-linear or a list of module names")
+        form = "all, a range such as 6-11, or a list of numbers such as [0, 11]"
+        params.require(layer_numbers(self.layers) != [], "lora.layers", self.layers, form)
+        params.require(self.bits in (16, 8, 4), "lora.bits", self.bits, "16 (not quantised), 8 or 4")
+        known = self.init in lora_init.INITS
+        params.require(known, "lora.init", self.init, f"one of {', '.join(lora_init.INITS)}")
+        if self.init in lora_init.FROM_BASE:
+            kept = "16: the base takes part in this init, so the adapter is converted when it is saved"
+            params.require(self.bits == 16, f"lora.bits with init {self.init}", self.bits, kept)
+        if self.init == "orthogonal":
+            params.require(self.r % 2 == 0, "lora.r with init orthogonal", self.r, "an even number")
+        if self.init == "loftq":
+            fixed = "false: DoRA takes its magnitudes from the quantised base, which loftq corrects"
+            params.require(not self.use_dora, "lora.use_dora with init loftq", self.use_dora, fixed)
+
+
+def layer_numbers(layers: Any) -> list[int] | None:
+    """Return the numbers that lora.layers means, None for all, and [] for what is none of its forms."""
+    if layers == "all":
+        return None
+    if isinstance(layers, str) and (ends := re.fullmatch(r"\s*(\d+)\s*-\s*(\d+)\s*", layers)):
+        return list(range(int(ends[1]), int(ends[2]) + 1))
+    numbers = layers if isinstance(layers, list) else [layers]
+    return numbers if all(type(number) is int and number >= 0 for number in numbers) else []
 
 
 def attach(model: PreTrainedModel, lora: Lora) -> torch.nn.Module:
-    """Freeze `model` and give each target layer W the trainable update (alpha / r) B A, in fp32.
+    """Freeze `model` and give each target layer a trainable update s B A, in fp32. The caller seeds.
 
-    A (r, in) is random, B (out, r) zero: at first the model computes what its base computes. The caller seeds.
+    Whatever the init but loftq, the model at first computes what its base computes.
 
     Raises:
-        Stop: a name in target_modules matches no linear layer; the line lists those that exist.
+        Stop: target_modules or layers name what does not exist; the line lists what does.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -43,11 +80,20 @@ def attach(model: PreTrainedModel, lora: Lora) -> torch.nn.Module:
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=targets(list(layers), lora.target_modules),
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        target_modules=targets(list(layers), lora),
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in layers.values()),  # Conv1D holds (in, out)
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    network = get_peft_model(model, config)
+    for module in adapted(network).values():
+        # Autocast picks the type to compute in; PEFT would have each input copied to fp32 first.
+        module.cast_input_dtype_enabled = False
+        if lora.bits < 16:
+            module.lora_A["default"] = fake_quant.FakeQuantLinear(module.lora_A["default"], lora.bits)
+            module.lora_B["default"] = fake_quant.FakeQuantLinear(module.lora_B["default"], lora.bits)
+    return network
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
@@ -60,22 +106,58 @@ def linear_layers(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
     }
 
 
-def targets(layers: list[str], wanted: str | list[str]) -> list[str]:
-    """Return the layers whose name is, or ends in a dot and, one of the wanted names."""
-    if wanted == "all-linear":
-        return layers
-    for name in wanted:
-        if not any(f".{layer}".endswith(f".{name}") for layer in layers):
-            kinds = sorted({".".join(layer.split(".")[-2:]) for layer in layers})
-            raise params.wrong("lora.target_modules", name, f"all-linear or names among {', '.join(kinds)}")
-    return [layer for layer in layers if any(f".{layer}".endswith(f".{name}") for name in wanted)]
+def targets(layers: list[str], lora: Lora) -> list[str]:
+    """Return those of the named linear layers that target_modules and layers choose.
+
+    A name chooses the layers that are called so, or that end in a dot and it. The number of a layer is the first that
+    stands in its name: 6 in transformer.h.6.attn.c_attn.
+    """
+    chosen = layers
+    if lora.target_modules != "all-linear":
+        for name in lora.target_modules:
+            if not any(f".{layer}".endswith(f".{name}") for layer in layers):
+                kinds = sorted({".".join(layer.split(".")[-2:]) for layer in layers})
+                raise params.wrong("lora.target_modules", name, f"all-linear or names among {', '.join(kinds)}")
+        chosen = [layer for layer in layers if any(f".{layer}".endswith(f".{name}") for name in lora.target_modules)]
+    wanted = layer_numbers(lora.layers)
+    if wanted is None:
+        return chosen
+    number = {layer: int(found[1]) for layer in layers if (found := re.search(r"\.(\d+)\.", layer))}
+    if absent := set(wanted) - set(number.values()):
+        held = f"all, or numbers from 0 to {max(number.values(), default=0)}, the layers of this model"
+        raise params.wrong("lora.layers", min(absent), held)
+    return [layer for layer in chosen if number.get(layer) in wanted]
 
 
-def save(model: torch.nn.Module, folder: Path) -> None:
-    """Write an ordinary PEFT adapter: adapter_config.json and adapter_model.safetensors."""
-    model.save_pretrained(folder)
+def adapted(network: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Return the layers that have an adapter, by their name in the base model."""
+    return {name: module for name, module in network.get_base_model().named_modules() if hasattr(module, "lora_A")}
+
+
+def save(network: torch.nn.Module, lora: Lora, taken: dict[str, torch.Tensor], folder: Path) -> None:
+    """Write an ordinary PEFT adapter, adapter_config.json and adapter_model.safetensors.
+
+    Below 16 bits, adapter_quantized.safetensors takes the place of the latter. `taken` is what `lora_init.start` gave.
+    """
+    network.save_pretrained(folder)
     (folder / "README.md").unlink()  # an empty form for a model card
-    file = folder / "adapter_config.json"
-    config = json.loads(file.read_text())
+    tensors, config = load_file(folder / WEIGHTS), json.loads((folder / CONFIG).read_text())
     config["target_modules"] = sorted(config["target_modules"])  # PEFT writes a set, in hash order
-    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    if taken:
+        tensors, config = lora_init.ordinary(tensors, taken, config)
+        save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    if lora.bits < 16:
+        fake_quant.save(tensors, lora.bits, folder)
+        (folder / WEIGHTS).unlink()
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def load(model: PreTrainedModel, folder: Path) -> torch.nn.Module:
+    """Put an adapter that `save` wrote on its base, for inference."""
+    from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+
+    if not (folder / fake_quant.FILE).exists():
+        return PeftModel.from_pretrained(model, folder)
+    network = get_peft_model(model, LoraConfig.from_pretrained(folder))
+    set_peft_model_state_dict(network, fake_quant.load(folder))
+    return network.eval()

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from stages import device, params
+from stages import device, lora, params
 from stages.command import Stop, need
 
 transformers_logging.disable_progress_bar()  # of reading weights: a second, in bars that say nothing
@@ -28,6 +28,8 @@ class Quantization:
         params.require(self.bits in (4, 8), "methods.qlora.bits", self.bits, "4 or 8")
         known = self.quant_type in ("nf4", "fp4")
         params.require(known, "methods.qlora.quant_type", self.quant_type, "nf4 or fp4")
+        single = "false with 8 bits, which have no scales of scales"
+        params.require(self.bits == 4 or not self.double_quant, "methods.qlora.double_quant", self.double_quant, single)
 
 
 def load_base(folder: Path, quantization: Quantization | None, dtype: torch.dtype) -> PreTrainedModel:
@@ -54,6 +56,13 @@ def load_base(folder: Path, quantization: Quantization | None, dtype: torch.dtyp
     return model
 
 
+def skeleton(folder: Path) -> PreTrainedModel:
+    """Return the model in data/base without its weights: what can be checked on it costs no time."""
+    config = AutoConfig.from_pretrained(need(folder / "config.json", "base").parent, local_files_only=True)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
 def check_width(name: str, width: int, place: torch.device) -> None:
     """Stop at a 4-bit layer that bitsandbytes 0.50 would compute wrongly, and say nothing."""
     if place.type == "cpu" and width % 64:
@@ -68,10 +77,8 @@ def load_tuned(base: Path, adapter: Path, dtype: torch.dtype) -> torch.nn.Module
     method = json.loads(need(adapter / METHOD_FILE, "train").read_text())
     if method["method"] == "full":
         return load_base(adapter, None, dtype)
-    from peft import PeftModel
-
     quantization = Quantization(**method["quantization"]) if method["quantization"] else None
-    return PeftModel.from_pretrained(load_base(base, quantization, dtype), adapter)
+    return lora.load(load_base(base, quantization, dtype), adapter)
 
 
 def save_method(folder: Path, method: str, quantization: Quantization | None) -> None:

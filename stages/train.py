@@ -37,7 +37,7 @@ def main(tokens: Path, base: Path, out: Path, metrics: Path) -> None:
     say("train: loading torch and transformers")
     import torch
 
-    from stages import device, loop, lora, model, rows
+    from stages import device, loop, lora, lora_init, model, rows
 
     method = params.chosen("method", "methods")
     section = params.section(f"methods.{method}", model.Quantization if method == "qlora" else Plain)
@@ -45,14 +45,22 @@ def main(tokens: Path, base: Path, out: Path, metrics: Path) -> None:
     low_rank = params.section("lora", lora.Lora)
     options = params.section("train", loop.Train)
     seed = params.seed()
+    if method == "full":
+        params.require(options.lora_plus_ratio == 1, "train.lora_plus_ratio", options.lora_plus_ratio, "1 with full")
+    else:
+        lora_init.check(low_rank.init, quantized=quantization is not None)
+        lora.targets(list(lora.linear_layers(model.skeleton(base))), low_rank)
 
     place = device.pick_device()
     dtype = device.compute_dtype(options.precision, place)
     say(f"train: {method} on {device.describe(place)}, {str(dtype).removeprefix('torch.')}")
     torch.manual_seed(seed)
     network = model.load_base(base, quantization, dtype)
+    taken = {}
     if method != "full":
         network = lora.attach(network, low_rank)
+        floats = lora.linear_layers(model.load_base(base, None, dtype)) if low_rank.init == "loftq" else {}
+        taken = lora_init.start(lora.adapted(network), low_rank.init, floats)
     history = loop.fit(network, rows.load(tokens, "train"), rows.load(tokens, "validation"), options, seed)
 
     with whole(out) as folder:
@@ -60,7 +68,7 @@ def main(tokens: Path, base: Path, out: Path, metrics: Path) -> None:
         if method == "full":
             network.save_pretrained(folder)
         else:
-            lora.save(network, folder)
+            lora.save(network, low_rank, taken, folder)
         model.save_method(folder, method, quantization)
     with whole(metrics / "loss.csv") as file:
         write_csv(file, history.rows)
@@ -71,14 +79,14 @@ def main(tokens: Path, base: Path, out: Path, metrics: Path) -> None:
 
 
 def summary(network: "torch.nn.Module", history: "History", place: "torch.device") -> dict:
-    from stages import device, model
+    from stages import device, lora, model
 
     trainable = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
-    total = trainable + model.frozen_parameters(network)
+    frozen = model.frozen_parameters(network)
     return {
         "trainable_parameters": trainable,
-        "total_parameters": total,
-        "trainable_percent": 100 * trainable / total,
+        "frozen_parameters": frozen,
+        "trainable_percent": 100 * trainable / (trainable + frozen),
         "frozen_base_bytes": model.frozen_bytes(network),
         "steps": history.rows[-1]["step"],
         "tokens": history.tokens,
@@ -88,6 +96,7 @@ def summary(network: "torch.nn.Module", history: "History", place: "torch.device
         "train_seconds": history.seconds,
         "tokens_per_second": history.tokens / history.seconds,
         "peak_memory_bytes": device.peak_memory(place),
+        "adapted_modules": list(lora.adapted(network)) if hasattr(network, "get_base_model") else [],
     }
 
 

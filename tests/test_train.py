@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -31,6 +32,7 @@ def options(**changes) -> loop.Train:
         "batch_size": 4,
         "accumulation_steps": 1,
         "learning_rate": 1e-2,
+        "lora_plus_ratio": 1.0,
         "warmup_fraction": 0.1,
         "weight_decay": 0.0,
         "clip_norm": 1.0,
@@ -44,7 +46,7 @@ def options(**changes) -> loop.Train:
 def adapted(folder, quantization=None, seed=0, dropout=0.0) -> torch.nn.Module:
     base = model.load_base(folder, quantization, FP32)
     torch.manual_seed(seed)
-    return lora.attach(base, lora.Lora(r=4, alpha=8, dropout=dropout, target_modules="all-linear"))
+    return lora.attach(base, tiny.low_rank(dropout=dropout))
 
 
 def trained(network) -> dict[str, torch.Tensor]:

@@ -91,6 +91,16 @@ def make_project(folder: Path, model: Path, corpus: Path) -> Path:
     return folder
 
 
+def low_rank(**changes):
+    """The section lora of params.yaml: small, without dropout, and with `changes`."""
+    from omegaconf import OmegaConf
+
+    from stages.lora import Lora
+
+    values = OmegaConf.to_container(OmegaConf.load(ROOT / "params.yaml").lora)
+    return Lora(**values | {"r": 4, "alpha": 8, "dropout": 0.0} | changes)
+
+
 def set_param(project: Path, key: str, value: Any) -> None:
     """Change one value in a project's params.yaml, which keeps its comments."""
     from ruamel.yaml import YAML
