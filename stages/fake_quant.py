@@ -86,7 +86,8 @@ def save(tensors: dict[str, torch.Tensor], bits: int, folder: Path) -> None:
             shapes[name] = list(tensor.shape)
         else:
             stored[name] = tensor.detach().cpu().contiguous()
-    save_file(stored, folder / FILE, metadata={"bits": str(bits), "shapes": json.dumps(shapes)})
+    # One key of metadata: safetensors writes several in any order.
+    save_file(stored, folder / FILE, metadata={"shapes": json.dumps(shapes)})
 
 
 def load(folder: Path) -> dict[str, torch.Tensor]:

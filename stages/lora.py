@@ -59,8 +59,8 @@ def layer_numbers(layers: Any) -> list[int] | None:
     """Return the numbers that lora.layers means, None for all, and [] for what is none of its forms."""
     if layers == "all":
         return None
-    if isinstance(layers, str) and (ends := re.fullmatch(r"\s*(\d+)\s*-\s*(\d+)\s*", layers)):
-        return list(range(int(ends[1]), int(ends[2]) + 1))
+    if isinstance(layers, str) and (ends := re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", layers)):
+        return list(range(int(ends[1]), int(ends[2] or ends[1]) + 1))
     numbers = layers if isinstance(layers, list) else [layers]
     return numbers if all(type(number) is int and number >= 0 for number in numbers) else []
 

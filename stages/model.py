@@ -45,7 +45,7 @@ def load_base(folder: Path, quantization: Quantization | None, dtype: torch.dtyp
     place = device.pick_device()
     if quantization is None:
         return _load(folder, config).to(place)
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
     model = _load(folder, config, quantization_config=_bitsandbytes(quantization, dtype), device_map={"": place})
     for name, module in model.named_modules():
@@ -53,6 +53,11 @@ def load_base(folder: Path, quantization: Quantization | None, dtype: torch.dtyp
             check_width(name, module.in_features, place)
             # Repacks 4-bit weights in place at the first evaluation: training after that crashes.
             module.support_avx512bf16_for_cpu = False
+        elif isinstance(module, Linear8bitLt):
+            # The layer takes the scales over now, once and for all: PEFT, each time it reads the weight on a CPU (for
+            # DoRA), puts in a new one without scales, which the layer would take over at its next use.
+            module.init_8bit_state()
+            module.init_8bit_state = lambda: None
     return model
 
 
@@ -97,7 +102,7 @@ def frozen_bytes(model: torch.nn.Module) -> int:
     """Return the bytes of all frozen weights in memory, with every scale that quantised ones need."""
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     tensors = [tensor for parameter in frozen for tensor in (parameter, *_scales(parameter))]
-    # An 8-bit layer takes the scales over from its weight at its first use.
+    # An 8-bit layer has taken the scales over from its weight.
     states = (getattr(module, "state", None) for module in model.modules())
     tensors += [state.SCB for state in states if getattr(state, "SCB", None) is not None]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -109,11 +114,9 @@ def _shape(parameter: torch.nn.Parameter) -> torch.Size:
 
 
 def _scales(parameter: torch.nn.Parameter) -> list[torch.Tensor]:
-    state = getattr(parameter, "quant_state", None)  # of 4 bits
+    state = getattr(parameter, "quant_state", None)
     nested = getattr(state, "state2", None)
-    held = [getattr(parameter, "SCB", None)]  # of 8 bits
-    for level in (state, nested):
-        held += [getattr(level, name, None) for name in ("absmax", "code", "offset")]
+    held = [getattr(level, name, None) for level in (state, nested) for name in ("absmax", "code", "offset")]
     return [tensor for tensor in held if isinstance(tensor, torch.Tensor)]
 
 

@@ -15,7 +15,7 @@ import pytest
 import tiny
 from click.testing import CliRunner
 
-from stages import base, command, evaluate, prepare, tokenize, train
+from stages import base, command, evaluate, model, prepare, tokenize, train
 from stages.command import whole
 
 OUTPUTS = {"base": "data/base", "prepare": "data/raw", "tokenize": "data/tokens", "train": "data/adapter"}
@@ -122,6 +122,59 @@ def test_a_layer_that_does_not_exist(workplace, inputs):
     line = refusal(train.main, *inputs["train"])
     kinds = "attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj"
     assert line == f"params.yaml: lora.target_modules: expected all-linear or names among {kinds}, not 'q_proj'"
+
+
+def test_layers_that_do_not_exist(workplace, inputs):
+    tiny.set_param(workplace, "lora.layers", "1-5")
+    line = refusal(train.main, *inputs["train"])
+    assert line == "params.yaml: lora.layers: expected all, or numbers from 0 to 1, the layers of this model, not 2"
+
+
+@pytest.mark.parametrize(
+    ("method", "init", "why"),
+    [
+        ("qlora", "pissa", "pissa takes floats out of the base, which method qlora quantises; expected default,"),
+        ("qlora", "olora", "olora takes floats out of the base, which method qlora quantises; expected default,"),
+        ("lora", "loftq", "loftq corrects the error of a quantised base, and the base of method lora has none;"),
+    ],
+)
+def test_an_init_that_needs_another_base(workplace, inputs, method, init, why):
+    tiny.set_param(workplace, "method", method)
+    tiny.set_param(workplace, "lora.init", init)
+    assert refusal(train.main, *inputs["train"]).startswith(f"params.yaml: lora.init: {why}")
+
+
+def test_a_rank_above_that_of_the_layers(workplace, inputs):
+    tiny.set_param(workplace, "lora.init", "pissa")
+    tiny.set_param(workplace, "lora.r", 65)
+    line = refusal(train.main, *inputs["train"])
+    assert line == "params.yaml: lora.r: expected at most 64, the rank of the smallest layer, with this init, not 65"
+
+
+def test_a_rate_for_factors_that_full_does_not_have(workplace, inputs):
+    tiny.set_param(workplace, "method", "full")
+    tiny.set_param(workplace, "train.lora_plus_ratio", 16.0)
+    line = refusal(train.main, *inputs["train"])
+    assert line == "params.yaml: train.lora_plus_ratio: expected 1 with full, not 16.0"
+
+
+@pytest.mark.parametrize(
+    ("method", "key", "value"),
+    [
+        ("qlora", "lora.target_modules", ["q_proj"]),
+        ("qlora", "lora.layers", [7]),
+        ("qlora", "lora.init", "pissa"),
+        ("qlora", "lora.bits", 2),
+        ("qlora", "methods.qlora.bits", 5),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_is_loaded(
+    workplace, inputs, monkeypatch, method, key, value
+):
+    monkeypatch.setattr(model, "load_base", lambda *_: pytest.fail("the base was loaded"))
+    tiny.set_param(workplace, "method", method)
+    tiny.set_param(workplace, key, value)
+    assert refusal(train.main, *inputs["train"]).startswith(f"params.yaml: {key}: ")
 
 
 def test_a_block_longer_than_the_model_reads(workplace, inputs):

@@ -16,13 +16,13 @@ from stages import base, evaluate, model, prepare, rows, scoring, tokenize, trai
 
 METHODS = {
     "lora": {},
-    "qlora": {"method": "qlora", "methods.qlora.bits": 4, "methods.qlora.double_quant": True},
+    "qlora": {"method": "qlora"},
     "qlora8": {"method": "qlora", "methods.qlora.bits": 8, "methods.qlora.double_quant": False},
     "lora, adapter of 8 bits": {"lora.bits": 8},
-    "qlora, adapter of 4 bits": {"method": "qlora", "methods.qlora.bits": 4, "lora.bits": 4},
+    "qlora, adapter of 4 bits": {"method": "qlora", "lora.bits": 4},
     "full": {"method": "full"},
 }
-ORDINARY = {"method": "lora", "lora.bits": 16}
+ORDINARY = {"method": "lora", "methods.qlora.bits": 4, "methods.qlora.double_quant": True, "lora.bits": 16}
 LEARNING_RATES = {"full": 3e-3}
 IDS = torch.arange(2 * 30).reshape(2, 30) * 7 % 300
 
@@ -188,11 +188,11 @@ def test_the_figures_do_not_depend_on_the_batch_size(workplace):
         assert scores == pytest.approx(read("lora/eval.json")[name], rel=1e-5, abs=1e-6)
 
 
-@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
+@pytest.mark.parametrize("method", ["lora", "qlora", "qlora, adapter of 4 bits", "full"])
 def test_training_twice_gives_the_same_bytes(workplace, method):
-    tiny.set_param(workplace, "method", method)
-    tiny.set_param(workplace, "methods.qlora.bits", 4)
-    tiny.set_param(workplace, "train.learning_rate", LEARNING_RATES.get(method, 3e-2))
+    rate = {"train.learning_rate": LEARNING_RATES.get(method, 3e-2)}
+    for key, value in (ORDINARY | rate | METHODS[method]).items():
+        tiny.set_param(workplace, key, value)
     run(train.main, "--out", "again/adapter", "--metrics", "again")
     assert contents(Path("again/adapter")) == contents(Path(method, "adapter"))
     assert Path("again/loss.csv").read_bytes() == Path(method, "loss.csv").read_bytes()

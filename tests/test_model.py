@@ -230,8 +230,8 @@ def test_a_whole_name_means_one_layer(tiny_model):
 
 def test_a_name_ends_at_a_dot():
     layers = ["h.0.attn.c_proj", "h.0.crossattn.c_proj", "h.0.mlp.c_proj"]
-    assert lora.targets(layers, ["attn.c_proj"]) == ["h.0.attn.c_proj"]
-    assert lora.targets(layers, ["h.0.crossattn.c_proj", "mlp.c_proj"]) == layers[1:]
+    assert lora.targets(layers, low_rank(target_modules=["attn.c_proj"])) == ["h.0.attn.c_proj"]
+    assert lora.targets(layers, low_rank(target_modules=["h.0.crossattn.c_proj", "mlp.c_proj"])) == layers[1:]
 
 
 @pytest.mark.parametrize("name", ["q_proj", "proj", "wte", "lm_head", "mlp", "c_proj.", ""])

@@ -33,6 +33,7 @@ SCHEMAS = {
     "evaluate": Evaluate,
 }
 SHARE = "a number of at least 0, below 1"
+LAYERS = "all, a range such as 6-11, or a list of numbers such as [0, 11]"
 PRECISION = "one of auto, bf16, fp32"
 
 
@@ -132,6 +133,10 @@ def test_a_value_of_the_wrong_type_is_refused(folder, key, value, expected):
         ("lora.target_modules", "all", "all-linear or a list of module names"),
         ("lora.target_modules", [], "all-linear or a list of module names"),
         ("lora.target_modules", [1], "all-linear or a list of module names"),
+        *(("lora.layers", layers, LAYERS) for layers in ("some", "11-6", "-1", -1, [], [0, "1"], 1.5, None, True)),
+        *(("lora.bits", bits, "16 (not quantised), 8 or 4") for bits in (2, 32)),
+        ("lora.init", "gaussian", "one of default, pissa, olora, orthogonal, loftq"),
+        ("train.lora_plus_ratio", 0.0, "a number above 0"),
         ("methods.qlora.bits", 2, "4 or 8"),
         ("methods.qlora.quant_type", "int4", "nf4 or fp4"),
         ("tokenize.block_size", 0, "an integer above 0, or null"),
@@ -146,6 +151,25 @@ def test_a_value_out_of_range_is_refused(folder, key, value, expected):
     tiny.set_param(folder, key, value)
     section = key.rpartition(".")[0]
     assert refusal(section, SCHEMAS[section]) == f"params.yaml: {key}: expected {expected}, not {value!r}"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        (("methods.qlora.bits", 8), ("methods.qlora.double_quant", True), "expected false with 8 bits"),
+        (("lora.init", "pissa"), ("lora.bits", 8), "with init pissa: expected 16: the base takes part"),
+        (("lora.init", "olora"), ("lora.bits", 4), "with init olora: expected 16: the base takes part"),
+        (("lora.init", "orthogonal"), ("lora.r", 3), "with init orthogonal: expected an even number, not 3"),
+        (("lora.init", "loftq"), ("lora.use_dora", True), "with init loftq: expected false"),
+    ],
+)
+def test_values_that_do_not_go_together_are_refused(folder, first, second, expected):
+    tiny.set_param(folder, *first)
+    tiny.set_param(folder, *second)
+    section = second[0].rpartition(".")[0]
+    line = refusal(section, SCHEMAS[section])
+    assert line.startswith(f"params.yaml: {second[0]}")
+    assert expected in line
 
 
 def test_shares_that_leave_no_training_text_are_refused(folder):
