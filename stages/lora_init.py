@@ -16,7 +16,6 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from stages import params
-from stages.command import Stop
 
 FROM_BASE = ("pissa", "olora")  # move a part of W into the adapter
 INITS = ("default", *FROM_BASE, "orthogonal", "loftq")
@@ -25,12 +24,10 @@ Layers = dict[str, torch.nn.Module]
 
 def check(init: str, quantized: bool) -> None:
     """Stop at an init that needs another base."""
-    if init in FROM_BASE and quantized:
-        reason = f"{init} takes floats out of the base, which method qlora quantises"
-        raise Stop(f"{params.FILE}: lora.init: {reason}; expected default, orthogonal or loftq, not {init!r}")
-    if init == "loftq" and not quantized:
-        reason = "loftq corrects the error of a quantised base, and the base of method lora has none"
-        raise Stop(f"{params.FILE}: lora.init: {reason}; expected another init, or method qlora")
+    others = f"default, orthogonal or loftq with method qlora: {init} takes floats out of the base"
+    params.require(init not in FROM_BASE or not quantized, "lora.init", init, others)
+    others = "another init with method lora: loftq corrects the error of a quantised base"
+    params.require(init != "loftq" or quantized, "lora.init", init, others)
 
 
 @torch.no_grad()

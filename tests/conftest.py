@@ -6,8 +6,10 @@ import tiny
 
 # Before torch is imported: so small a model gains nothing from more threads, and loses much on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Tests compare bits and kernels of the CPU, also where there is a GPU.
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# Tests compare bits and kernels of the CPU, also where there is a GPU. `TEST_ON_GPU=1 pytest tests/test_methods.py`
+# runs there what holds on both.
+if not os.environ.get("TEST_ON_GPU"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session")

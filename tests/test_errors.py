@@ -133,15 +133,15 @@ def test_layers_that_do_not_exist(workplace, inputs):
 @pytest.mark.parametrize(
     ("method", "init", "why"),
     [
-        ("qlora", "pissa", "pissa takes floats out of the base, which method qlora quantises; expected default,"),
-        ("qlora", "olora", "olora takes floats out of the base, which method qlora quantises; expected default,"),
-        ("lora", "loftq", "loftq corrects the error of a quantised base, and the base of method lora has none;"),
+        ("qlora", "pissa", "default, orthogonal or loftq with method qlora: pissa takes floats out of the base"),
+        ("qlora", "olora", "default, orthogonal or loftq with method qlora: olora takes floats out of the base"),
+        ("lora", "loftq", "another init with method lora: loftq corrects the error of a quantised base"),
     ],
 )
 def test_an_init_that_needs_another_base(workplace, inputs, method, init, why):
     tiny.set_param(workplace, "method", method)
     tiny.set_param(workplace, "lora.init", init)
-    assert refusal(train.main, *inputs["train"]).startswith(f"params.yaml: lora.init: {why}")
+    assert refusal(train.main, *inputs["train"]) == f"params.yaml: lora.init: expected {why}, not {init!r}"
 
 
 def test_a_rank_above_that_of_the_layers(workplace, inputs):

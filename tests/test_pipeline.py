@@ -97,7 +97,7 @@ def test_a_parameter_reruns_the_stages_that_use_it(finished, values, expected):
     ("name", "expected"),
     [
         ("params.yaml", ""),
-        ("stages/lora.py", "train"),  # the adapter comes out the same, byte for byte: evaluate need not run
+        ("stages/train.py", "train"),  # the adapter comes out the same, byte for byte: evaluate need not run
     ],
 )
 def test_a_comment_reruns_the_stages_that_use_the_file(finished, name, expected):
