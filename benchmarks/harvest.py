@@ -29,9 +29,12 @@ LARGEST_FILE = 10_000_000  # bytes; what is larger is a table
 SHORTEST_DOCUMENT = 200  # characters of prose
 BULLET = re.compile(r"\s*([-*+•]|\d+[.)]|:\w+.*?:|@\w+)\s")
 COMMON = frozenset(
-    "a all also an and any are as at be been but by can do does each for from has have if in into is it its may more "
+    re.findall(
+        r"\w+",
+        "a all also an and any are as at be been but by can do does each for from has have if in into is it its may more "
     "must no not of on one only or other same should so such than that the their then there these they this to used "
-    "was we when where which will with would you your".split()
+    "was we when where which will with would you your",
+    )
 )
 
 
@@ -113,7 +116,7 @@ def prose_of(path: str) -> list[str]:
 
 
 def blocks(text: str) -> list[str]:
-    """Return a text's paragraphs: they end at lines without a word, before list items, and where the indentation falls back."""
+    """Return a text's paragraphs, cut at lines without a word, before list items, and where the indent falls back."""
     found: list[list[str]] = []
     indents: list[int] = []  # of the lines of the open paragraph; none when a blank line came last
     for line in text.expandtabs().splitlines():
