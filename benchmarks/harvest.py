@@ -28,14 +28,12 @@ PLAIN = re.compile(r"\.(rst|md|txt|info|info-\d+)$|/share/doc/[^/]+/(README|NEWS
 LARGEST_FILE = 10_000_000  # bytes; what is larger is a table
 SHORTEST_DOCUMENT = 200  # characters of prose
 BULLET = re.compile(r"\s*([-*+•]|\d+[.)]|:\w+.*?:|@\w+)\s")
-COMMON = frozenset(
-    re.findall(
-        r"\w+",
-        "a all also an and any are as at be been but by can do does each for from has have if in into is it its may more "
-    "must no not of on one only or other same should so such than that the their then there these they this to used "
-    "was we when where which will with would you your",
-    )
-)
+COMMON = """
+a all also an and any are as at be been but by can do does each for from has have if in into is it its may more must no
+not of on one only or other same should so such than that the their then there these they this to used was we when where
+which will with would you your
+"""
+ENGLISH = frozenset(COMMON.split())  # its commonest words
 
 
 @stage
@@ -51,7 +49,7 @@ def main(out: Path, root: tuple[Path, ...], megabytes: float | None, seed: int) 
     for folder in roots:
         if not folder.is_dir():
             raise Stop(f"--root {folder}: no such folder")
-    files = find(roots)
+    files = find(roots, out)
     say(f"harvest: {len(files):,} files below {', '.join(map(str, roots))}")
 
     seen: set[bytes] = set()
@@ -77,12 +75,16 @@ def main(out: Path, root: tuple[Path, ...], megabytes: float | None, seed: int) 
             say(f"harvest: {split:10} {len(data) / 1e6:8.2f} MB, {len(articles.split(text)):>7,} documents")
 
 
-def find(roots: tuple[Path, ...]) -> list[str]:
-    """Return the files that may hold prose, each once, sorted within each root; links are not followed."""
+def find(roots: tuple[Path, ...], out: Path) -> list[str]:
+    """Return the files that may hold prose, each once, sorted within each root.
+
+    Links are not followed; `out`, where an earlier harvest may lie, is left out.
+    """
     found: dict[str, None] = {}
+    own = os.path.realpath(out)
     for root in roots:
         for folder, folders, names in os.walk(os.path.realpath(root)):
-            folders[:] = sorted(set(folders) - SKIPPED)
+            folders[:] = sorted(name for name in set(folders) - SKIPPED if os.path.join(folder, name) != own)
             for path in (os.path.join(folder, name) for name in sorted(names)):
                 if reader(path) and not os.path.islink(path) and os.path.getsize(path) <= LARGEST_FILE:
                     found[path] = None
@@ -140,7 +142,7 @@ def is_prose(text: str) -> bool:
         return False
     letters = sum(character.isalpha() or character == " " for character in text)
     symbols = sum(character in "{}[]<>=_|\\/*#;+~^@$%&" for character in text)
-    common = sum(word.lower().strip(".,:;()\"'") in COMMON for word in words)
+    common = sum(word.lower().strip(".,:;()\"'") in ENGLISH for word in words)
     return letters >= 0.85 * len(text) and symbols <= 0.02 * len(text) and common >= 0.2 * len(words)
 
 

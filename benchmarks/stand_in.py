@@ -46,12 +46,13 @@ def main(
     items: tuple[str, ...],
 ) -> None:
     """Train a GPT-2 from random weights on a corpus."""
-    work = workspace.empty(out.with_name(f"{out.name}.work"))
     for option, path in (("--corpus", corpus), ("--tokenizer", tokenizer)):
         if not path.exists():
             raise Stop(f"{option} {path}: does not exist")
     if width % heads:
         raise Stop(f"--width {width}: expected a multiple of --heads {heads}")
+    settings = workspace.settings(items)
+    work = workspace.empty(out.with_name(f"{out.name}.work"))
     say(f"stand_in: {layers} layers of width {width}, {heads} heads, {positions:,} positions, random weights")
     write_random(work / "random", tokenizer, layers, width, heads, positions, seed)
     values = TRAINING | {
@@ -63,7 +64,7 @@ def main(
         "train.batch_size": batch_size,
         "train.learning_rate": learning_rate,
     }
-    params = workspace.write_params(work, values | workspace.settings(items))
+    params = workspace.write_params(work, values | settings)
     for name in ("base", "prepare", "tokenize", "train"):
         if error := workspace.run_stage(name, work, shown=True):
             raise Stop(error)
@@ -81,13 +82,13 @@ def main(
     say(f"stand_in: validation loss {figures['best_validation_loss']:.4f} nats/token, {out} holds the model")
 
 
-def write_random(
-    folder: Path, tokenizer: Path, layers: int, width: int, heads: int, positions: int, seed: int
-) -> None:
+def write_random(folder: Path, tokenizer: Path, layers: int, width: int, heads: int, positions: int, seed: int) -> None:
     """Write a GPT-2 with the initial values of its paper, and a tokenizer."""
     import torch
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     loaded = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
     torch.manual_seed(seed)
     end = loaded.eos_token_id

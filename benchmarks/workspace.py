@@ -17,17 +17,23 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
 def settings(items: tuple[str, ...]) -> dict[str, Any]:
-    """Return what `--set key=value` asks for, by dotted key; values are read as in params.yaml."""
+    """Return what `--set key=value` asks for, by dotted key; values are read as in params.yaml.
+
+    Raises:
+        Stop: no key=value, or a key that params.yaml lacks: no stage would read it.
+    """
     from omegaconf import OmegaConf
 
-    found = {}
+    known, found = OmegaConf.to_container(OmegaConf.load(ROOT / "params.yaml")), {}
     for item in items:
         key, equals, value = item.partition("=")
         if not (key and equals and value):
             raise Stop(f"--set {item}: expected key=value, for instance train.epochs=1")
-        asked = OmegaConf.to_container(OmegaConf.from_dotlist([item]))
+        asked, section = OmegaConf.to_container(OmegaConf.from_dotlist([item])), known
         for part in key.split("."):
-            asked = asked[part]
+            if not isinstance(section, dict) or part not in section:
+                raise Stop(f"--set {item}: params.yaml has no {key}")
+            asked, section = asked[part], section[part]
         found[key] = asked
     return found
 
