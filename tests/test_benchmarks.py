@@ -17,7 +17,8 @@ LICENCE = "Permission is hereby granted to any person who has a copy of this sof
 PROSE = "This function returns the number of words that are left in the text after all of the others were removed."
 LOST = {
     "code": "for line in file: if (line[0] == '#'): rows[line] += len(rows) * 2 ; return {rows: [line], 'x': y_1}",
-    "table": "name size and 12 34 the 56 78 of 90 12 34 56 | 78 | 90 | 12 | 34 | 56 | 78 | 90 | 12 | 34 | 56 | 78",
+    "table": "of all 1234.5 and 6789.0 is 1234.5 to be 6789.0 in 1234.5 for 6789.0 as it has 1234.5 on the 6789.0",
+    "symbols": "if the value_of_it = the value_of_all then it will be = the value_of_any or = the value_of_one only",
     "encoded": "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk of the and to is in a for it on as with",
     "names": "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau",
     "German": "Diese Funktion gibt die Anzahl der Wörter zurück, die nach dem Entfernen aller anderen noch übrig sind.",
@@ -56,10 +57,11 @@ def tree(tmp_path) -> Path:
     (doc / "README.md").write_text("\n\n".join([*texts("guides"), *LOST.values(), LICENCE, PROSE, LICENCE]))
     (doc / "copyright").write_text("\n\n".join([LICENCE.replace("Permission", "9 Permission"), *texts("copyright")]))
     (doc / "latin.txt").write_bytes("\n\n".join(texts("café")).encode("latin-1"))
-    (doc / "link.txt").symlink_to(doc / "README.md")
+    (tmp_path / "elsewhere.txt").write_text("\n\n".join(texts("links")))
+    (doc / "link.txt").symlink_to(tmp_path / "elsewhere.txt")
     (root / "pack.dist-info" / "METADATA").write_text("Name: the pack\n\n" + "\n\n".join(texts("packages")))
-    page = ".TH PACK 1\n.SH NAME\npack \\- a thing\n.SH DESCRIPTION\n.PP\n" + "\n.PP\n".join(texts("\\fBmanuals\\fR"))
-    for folder in ("man1", "de/man1"):
+    for folder, topic in (("man1", "\\fBmanuals\\fR"), ("de/man1", "translations")):
+        page = ".TH PACK 1\n.SH NAME\npack \\- a thing\n.SH DESCRIPTION\n.PP\n" + "\n.PP\n".join(texts(topic))
         (man / folder / "pack.1.gz").write_bytes(gzip.compress(page.encode()))
     return root
 
@@ -74,7 +76,16 @@ def test_harvest_keeps_each_paragraph_of_prose_once(tree, tmp_path):
     topics = ("modules", "guides", "copyright", "packages", "manuals")
     for text in [PROSE, LICENCE, *(text for topic in topics for text in texts(topic))]:
         assert found.count(f" {text} \n") == 1, text
-    for text in [*LOST.values(), "A string in the code", "of tests", "broken modules", "caf", "9 Permission"]:
+    for text in [
+        *LOST.values(),
+        "A string in the code",
+        "of tests",
+        "broken modules",
+        "links",
+        "translations",
+        "caf",
+        "9 Permission",
+    ]:
         assert text not in found
 
 
@@ -107,6 +118,8 @@ def test_an_earlier_harvest_is_no_document(tree):
 def test_harvest_of_a_given_size_holds_whole_documents(tree, tmp_path):
     invoke(harvest.main, "--root", tree, "--out", tmp_path / "all")
     invoke(harvest.main, "--root", tree, "--out", tmp_path / "part", "--megabytes", 0.0016)
+    invoke(harvest.main, "--root", tree, "--out", tmp_path / "again", "--megabytes", 0.0016)
+    assert read(tmp_path / "part") == read(tmp_path / "again")
     whole, part = ("".join(read(tmp_path / name).values()) for name in ("all", "part"))
     assert len(part.encode()) <= 1600 < len(whole.encode())
     assert 3 <= len(articles.split(part)) < 5
