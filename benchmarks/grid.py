@@ -17,7 +17,7 @@ SEEDS = (0, 1, 2)
 METHODS = {
     "lora": LORA,
     "qlora-4": QLORA4,
-    "qlora-8": LORA | {"method": "qlora", "methods.qlora.bits": 8},
+    "qlora-8": LORA | {"method": "qlora", "methods.qlora.bits": 8, "methods.qlora.double_quant": False},
     "lora-bits-8": LORA | {"lora.bits": 8},
     "lora-bits-4": LORA | {"lora.bits": 4},
     "qlora-4-bits-8": QLORA4 | {"lora.bits": 8},
