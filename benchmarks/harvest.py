@@ -62,11 +62,11 @@ def main(out: Path, root: tuple[Path, ...], megabytes: float | None, seed: int) 
             new = unseen(texts, seen)
             if sum(map(len, new)) >= SHORTEST_DOCUMENT:
                 found.append(article(title(file), new))
+    say(f"harvest: {read / 1e6:.1f} M characters of prose, {sum(map(len, found)) / 1e6:.1f} M without copies")
     if megabytes:
         found = choose(found, megabytes * 1e6, seed)
     if len(found) < 3:
         raise Stop(f"{len(found)} documents with prose: expected at least three; name more folders with --root")
-    say(f"harvest: {read / 1e6:.1f} M characters of prose, {sum(map(len, found)) / 1e6:.1f} M without copies")
     with whole(out) as folder:
         folder.mkdir()
         for split, text in prepare.split_articles(found, VALIDATION_SHARE, TEST_SHARE, seed).items():
