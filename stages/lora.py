@@ -3,13 +3,17 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from stages import params
+from stages.command import need
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 @dataclass
@@ -44,10 +48,29 @@ def attach(model: PreTrainedModel, lora: Lora) -> torch.nn.Module:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=targets(list(layers), lora.target_modules),
-        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in layers.values()),  # Conv1D holds (in, out)
+        fan_in_fan_out=holds_in_out(model),
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, config)
+
+
+def load(base_model: PreTrainedModel, folder: Path) -> "PeftModel":
+    """Put the adapter that `save` wrote on a base, which need not be quantised as the one that it was trained on is.
+
+    Raises:
+        Stop: there are no safetensors (PEFT would look for a pickle, then on the hub).
+    """
+    from peft import PeftConfig, PeftModel
+
+    need(folder / "adapter_model.safetensors", "train")
+    config = PeftConfig.from_pretrained(folder)
+    config.fan_in_fan_out = holds_in_out(base_model)
+    return PeftModel.from_pretrained(base_model, folder, config=config)
+
+
+def holds_in_out(model: PreTrainedModel) -> bool:
+    """Tell whether the model's matrices are (in, out), as in GPT-2's Conv1D, and not (out, in), as in all others."""
+    return any(isinstance(layer, Conv1D) for layer in linear_layers(model).values())
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
