@@ -29,7 +29,9 @@ def number(context: click.Context, option: click.Parameter, value: float) -> flo
 @stage
 @click.argument("prompt")
 @click.option("--base", is_flag=True, help="Ask the base model in floats, as it was before training.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=100, show_default=True)
+@click.option(
+    "--max-new-tokens", type=click.IntRange(min=1), default=100, show_default=True, help="Fewer if the text ends."
+)
 @click.option(
     "--temperature",
     type=click.FloatRange(0.01, 100),

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from stages import params
-from stages.command import need
+from stages.command import Stop, need
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -58,14 +58,17 @@ def load(base_model: PreTrainedModel, folder: Path) -> "PeftModel":
     """Put the adapter that `save` wrote on a base, which need not be quantised as the one that it was trained on is.
 
     Raises:
-        Stop: there are no safetensors (PEFT would look for a pickle, then on the hub).
+        Stop: there are no safetensors (PEFT would look for a pickle, then on the hub), or they do not fit the base.
     """
     from peft import PeftConfig, PeftModel
 
     need(folder / "adapter_model.safetensors", "train")
     config = PeftConfig.from_pretrained(folder)
     config.fan_in_fan_out = holds_in_out(base_model)
-    return PeftModel.from_pretrained(base_model, folder, config=config)
+    try:
+        return PeftModel.from_pretrained(base_model, folder, config=config)
+    except (ValueError, RuntimeError) as error:  # no such layer; another shape
+        raise Stop(f"{folder} does not fit the base, was it trained on another? {str(error)[:200]}") from error
 
 
 def holds_in_out(model: PreTrainedModel) -> bool:

@@ -99,7 +99,20 @@ def test_the_end_of_text_is_a_token_in_a_prompt():
     assert text(tiny.END) == text("")
 
 
-def test_the_end_of_a_text_ends_the_output(tmp_path, monkeypatch, tiny_corpus):
+@pytest.fixture
+def steps(monkeypatch) -> list[None]:
+    """As many entries as tokens were computed so far."""
+    forward, done = GPT2LMHeadModel.forward, []
+
+    def counted(*given, **named):
+        done.append(None)
+        return forward(*given, **named)
+
+    monkeypatch.setattr(GPT2LMHeadModel, "forward", counted)
+    return done
+
+
+def test_the_end_of_a_text_ends_the_output(tmp_path, monkeypatch, tiny_corpus, steps):
     base = tiny.write_model(tmp_path / "data" / "base", tiny_corpus)
     network = GPT2LMHeadModel.from_pretrained(base)
     end = network.config.eos_token_id
@@ -108,25 +121,18 @@ def test_the_end_of_a_text_ends_the_output(tmp_path, monkeypatch, tiny_corpus):
     network.save_pretrained(base)
     monkeypatch.chdir(tmp_path)
     assert run(PROMPT, "--base", "--greedy", "--max-new-tokens", 20).stdout == PROMPT + "\n"
+    assert len(steps) == 1
 
 
-def test_the_text_comes_as_it_is_generated(monkeypatch):
+def test_the_text_comes_as_it_is_generated(steps):
     class Screen(io.StringIO):
         def write(self, written):
-            seen.append((steps, written))
+            seen.append((len(steps), written))
 
-    steps, seen = 0, []
-    forward = GPT2LMHeadModel.forward
-
-    def counted(*arguments, **named):
-        nonlocal steps
-        steps += 1
-        return forward(*arguments, **named)
-
-    monkeypatch.setattr(GPT2LMHeadModel, "forward", counted)
+    seen = []
     with contextlib.redirect_stdout(Screen()):
         generate.main([PROMPT, "--max-new-tokens", "30"], standalone_mode=False)
-    assert steps == 30
+    assert len(steps) == 30
     assert len({step for step, written in seen if written}) > 3
 
 
