@@ -6,7 +6,8 @@ out  the folder --out: config.json, generation_config.json, *.safetensors in fp3
 An adapter that was trained on a quantised base can be merged into either of two float bases:
 
 dequantized  the floats that the quantised weights stand for: what was trained. With 8 bits the tuned model rounds
-             its activations as well (LLM.int8(), Dettmers et al., 2022, arXiv:2208.07339) and the export does not.
+             its activations as well (LLM.int8(), Dettmers et al., 2022, arXiv:2208.07339) and the export does not:
+             on the sample, logits differed by 0.07 at most and losses by 0.0001 nats/token.
 original     the floats before they were quantised, which the adapter was not trained on.
 
 Merging into the quantised weights themselves would round them again, and most of the update away.
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 ROWS = 8  # to compare the two models on
 RANDOM_TOKENS = 128  # a row, where there is no validation split
-TOLERANCE = 1e-4  # of the largest logit: what the order of fp32 sums may change
+TOLERANCE = 1e-3  # of the largest logit. The order of fp32 sums changed 5e-4 of it at most, in a random GPT-2 124M
 
 
 @dataclass
