@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from stages import fake_quant, lora_init, params
+from stages.command import Stop, need
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -83,7 +84,7 @@ def attach(model: PreTrainedModel, lora: Lora) -> torch.nn.Module:
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
         target_modules=targets(list(layers), lora),
-        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in layers.values()),  # Conv1D holds (in, out)
+        fan_in_fan_out=holds_in_out(model),
         task_type="CAUSAL_LM",
     )
     network = get_peft_model(model, config)
@@ -94,6 +95,11 @@ def attach(model: PreTrainedModel, lora: Lora) -> torch.nn.Module:
             module.lora_A["default"] = fake_quant.FakeQuantLinear(module.lora_A["default"], lora.bits)
             module.lora_B["default"] = fake_quant.FakeQuantLinear(module.lora_B["default"], lora.bits)
     return network
+
+
+def holds_in_out(model: PreTrainedModel) -> bool:
+    """Tell whether the model's matrices are (in, out), as in GPT-2's Conv1D, and not (out, in), as in all others."""
+    return any(isinstance(layer, Conv1D) for layer in linear_layers(model).values())
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
@@ -153,11 +159,25 @@ def save(network: torch.nn.Module, lora: Lora, taken: dict[str, torch.Tensor], f
 
 
 def load(model: PreTrainedModel, folder: Path) -> torch.nn.Module:
-    """Put an adapter that `save` wrote on its base, for inference."""
-    from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+    """Put an adapter that `save` wrote on a base, which need not be quantised as the one that it was trained on is.
 
-    if not (folder / fake_quant.FILE).exists():
-        return PeftModel.from_pretrained(model, folder)
-    network = get_peft_model(model, LoraConfig.from_pretrained(folder))
-    set_peft_model_state_dict(network, fake_quant.load(folder))
+    Raises:
+        Stop: there are no safetensors, or they do not fit the base.
+    """
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+
+    if (folder / fake_quant.FILE).exists():
+        tensors = fake_quant.load(folder)
+    else:
+        tensors = load_file(need(folder / WEIGHTS, "train"))
+    config = LoraConfig.from_pretrained(folder)
+    config.fan_in_fan_out = holds_in_out(model)
+    config.base_model_name_or_path = model.name_or_path  # else PEFT warns where the folder's name is another
+    try:
+        network = get_peft_model(model, config)
+        strange = set_peft_model_state_dict(network, tensors).unexpected_keys
+    except (ValueError, RuntimeError) as error:  # no such layer; another shape
+        strange = [str(error)]
+    if strange:
+        raise Stop(f"{folder} does not fit the base, was it trained on another? {strange[0][:200]}")
     return network.eval()

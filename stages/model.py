@@ -77,13 +77,24 @@ def check_width(name: str, width: int, place: torch.device) -> None:
         )
 
 
+def load_published(weights: Path, config: Path) -> PreTrainedModel:
+    """Load a folder's weights in fp32, on the CPU, with the configuration of the folder `config` as it stands."""
+    need(config / "config.json", "base")
+    return _load(weights, AutoConfig.from_pretrained(config, local_files_only=True))
+
+
 def load_tuned(base: Path, adapter: Path, dtype: torch.dtype) -> torch.nn.Module:
     """Load what `train` left in data/adapter: an adapter on its base, or a whole model where all was trained."""
-    method = json.loads(need(adapter / METHOD_FILE, "train").read_text())
-    if method["method"] == "full":
+    method, quantization = load_method(adapter)
+    if method == "full":
         return load_base(adapter, None, dtype)
-    quantization = Quantization(**method["quantization"]) if method["quantization"] else None
     return lora.load(load_base(base, quantization, dtype), adapter)
+
+
+def load_method(folder: Path) -> tuple[str, Quantization | None]:
+    """Return what `save_method` recorded: the method, and how its base was quantised."""
+    record = json.loads(need(folder / METHOD_FILE, "train").read_text())
+    return record["method"], Quantization(**record["quantization"]) if record["quantization"] else None
 
 
 def save_method(folder: Path, method: str, quantization: Quantization | None) -> None:

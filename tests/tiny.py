@@ -35,8 +35,11 @@ def write_corpus(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def write_model(folder: Path, corpus: Path, seed: int = 0) -> Path:
-    """Write an untrained GPT-2 of 120,000 parameters, with a byte-level BPE of the corpus."""
+def write_model(folder: Path, corpus: Path, seed: int = 0, spread: float = 0.02) -> Path:
+    """Write an untrained GPT-2 of 120,000 parameters, with a byte-level BPE of the corpus.
+
+    spread: standard deviation of the weights; at GPT-2's own 0.02 so small a model predicts nearly alike everywhere.
+    """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -59,11 +62,31 @@ def write_model(folder: Path, corpus: Path, seed: int = 0) -> Path:
         n_layer=2,
         n_embd=64,  # a multiple of 64: see stages/model.py, check_width
         n_head=2,
+        initializer_range=spread,
         bos_token_id=end,
         eos_token_id=end,
     )
     GPT2LMHeadModel(config).save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, bos_token=END).save_pretrained(folder)
+    return folder
+
+
+def write_adapter(folder: Path, base: Path, quantization=None, **changes) -> Path:
+    """Write what `train` would leave in data/adapter, with random values; `changes` are of the section lora."""
+    import torch
+
+    from stages import lora, model
+
+    chosen = low_rank(**changes)
+    network = lora.attach(model.load_base(base, quantization, torch.float32), chosen)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if parameter.requires_grad:
+                parameter += torch.randn_like(parameter) * (0.1 if "lora_" in name else 0.02)
+    folder.mkdir(parents=True)
+    lora.save(network, chosen, {}, folder)
+    model.save_method(folder, "lora" if quantization is None else "qlora", quantization)
     return folder
 
 
