@@ -84,9 +84,8 @@ def main(raw: Path, tokens: Path, base: Path, adapter: Path, out: Path, position
         say(f"evaluate: {name:6} " + "  ".join(f"{figure} {value:.4f}" for figure, value in scores[name].items()))
         warn(name, scores[name])
     scores["change"] = {figure: scores["tuned"][figure] - scores["base"][figure] for figure in scores["base"]}
-    with whole(positions) as file:
-        write_positions(file, task.windows, found, block_size)
-    with whole(out) as file:
+    with whole(positions) as table, whole(out) as file:
+        write_positions(table, task.windows, found, block_size)
         file.write_text(json.dumps(scores | counts(task), indent=2) + "\n")
 
 
