@@ -123,7 +123,7 @@ def lay_out(protocol: str, stride: int, manifest: dict, raw: Path, tokens: Path,
     else:
         task = protocols.lm_eval(text, tokenizer, manifest["end_of_text_id"], manifest["block_size"])
     if len(task.windows) == 0 or task.words == 0:
-        raise Stop(f"{raw}/test.txt: expected a word and two tokens at least, so that there is one to predict")
+        raise Stop(f"{raw}/test.txt: nothing to score: expected a word at least, and a token to predict")
     return task
 
 

@@ -1,8 +1,8 @@
 """Windows and what is scored in them, against brute force: one token at a time, by itself, in fp64."""
 
 import functools
-import itertools
 
+import alone
 import numpy as np
 import pytest
 import torch
@@ -28,7 +28,7 @@ def model() -> GPT2LMHeadModel:
 
 
 @pytest.fixture(scope="module")
-def alone(model):
+def one_token(model):
     """The negative log-likelihood and the rank of one token after those before it, computed by itself."""
 
     @functools.cache
@@ -40,23 +40,10 @@ def alone(model):
     return lambda context, target: one(tuple(map(int, context)), int(target))
 
 
-def slid_contexts(length: int, stride: int) -> list[int]:
-    """For each token but the first: how many tokens the first window that reaches it holds before it."""
-    reach = [next(start for start in itertools.count(0, stride) if start + CONTEXT >= place) for place in range(length)]
-    return [place - reach[place] for place in range(1, length)]
-
-
-def rolled_contexts(length: int) -> list[int]:
-    """The same with lm-evaluation-harness's windows: they do not overlap, but the last is filled from before it."""
-    before_last = (length - 2) // CONTEXT * CONTEXT  # predictions of the windows before the last
-    filled = max(0, length - 1 - CONTEXT)
-    return [place - filled if place > before_last else (place - 1) % CONTEXT + 1 for place in range(1, length)]
-
-
 @pytest.mark.parametrize("stride", STRIDES)
 def test_every_token_but_a_text_s_first_is_scored_once_from_the_context_there_is(stride):
     laid = windows.slide(TEXTS, CONTEXT, stride)
-    assert laid.contexts.tolist() == [context for length in LENGTHS for context in slid_contexts(length, stride)]
+    assert laid.contexts.tolist() == [context for length in LENGTHS for context in alone.slid(length, CONTEXT, stride)]
     assert laid.targets.tolist() == [id for text in TEXTS for id in text[1:]]
     assert laid.lengths.max() <= CONTEXT + 1
     assert laid.counts.min() >= 1
@@ -64,9 +51,9 @@ def test_every_token_but_a_text_s_first_is_scored_once_from_the_context_there_is
 
 def test_rolling_windows_score_every_token_once_and_fill_the_last():
     laid = windows.roll(TEXTS, CONTEXT)
-    assert laid.contexts.tolist() == [context for length in LENGTHS for context in rolled_contexts(length)]
+    assert laid.contexts.tolist() == [context for length in LENGTHS for context in alone.rolled(length, CONTEXT)]
     assert laid.targets.tolist() == [id for text in TEXTS for id in text[1:]]
-    assert rolled_contexts(2 * CONTEXT + 4)[-4:] == [12, 10, 11, 12]
+    assert alone.rolled(2 * CONTEXT + 4, CONTEXT)[-4:] == [12, 10, 11, 12]
 
 
 @pytest.mark.parametrize("texts", [[], [TEXTS[0]], [TEXTS[1]], TEXTS[:2]], ids=["none", "empty", "one token", "both"])
@@ -91,13 +78,13 @@ def laid_by(stride: int | None) -> windows.Windows:
 
 
 @pytest.mark.parametrize("stride", [*STRIDES, None])
-def test_the_likelihood_of_every_token_is_that_of_the_token_by_itself(model, alone, stride):
+def test_the_likelihood_of_every_token_is_that_of_the_token_by_itself(model, one_token, stride):
     laid = laid_by(stride)
-    contexts = rolled_contexts if stride is None else functools.partial(slid_contexts, stride=stride)
+    lengths = [alone.rolled(n, CONTEXT) if stride is None else alone.slid(n, CONTEXT, stride) for n in LENGTHS]
     expected = [
-        alone(text[place - context : place], text[place])
-        for text in TEXTS
-        for place, context in enumerate(contexts(len(text)), start=1)
+        one_token(text[place - context : place], text[place])
+        for text, contexts in zip(TEXTS, lengths, strict=True)
+        for place, context in enumerate(contexts, start=1)
     ]
     exact = likelihood.likelihood(model, laid, 5, torch.float64, "")
     assert exact.nll == pytest.approx([nll for nll, _ in expected], rel=1e-9)
