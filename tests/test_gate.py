@@ -119,15 +119,21 @@ def test_the_benchmark_runs_both_and_finds_the_same_perplexity(tiny_model, text_
     assert difference == pytest.approx(100 * (found["evaluate"][2] / found["documentation"][2] - 1), abs=1e-3)
 
 
-@pytest.mark.parametrize("stride", [16, 64])
-def test_the_benchmark_measures_as_many_windows_as_asked_for(tiny_model, text_file, monkeypatch, stride):
+@pytest.mark.parametrize(("stride", "labels"), [(16, [64, 16, 16]), (64, [64, 64, 64])])
+def test_the_benchmark_s_loop_labels_what_no_window_before_has(tiny_model, text_file, monkeypatch, stride, labels):
     from transformers import GPT2LMHeadModel
 
-    calls, forward = [], GPT2LMHeadModel.forward
-    monkeypatch.setattr(GPT2LMHeadModel, "forward", lambda self, *a, **b: calls.append(b) or forward(self, *a, **b))
+    found, forward = [], GPT2LMHeadModel.forward
+
+    def counting(self, *arguments, **options):
+        if "labels" in options:
+            found.append(int((options["labels"] != -100).sum()))
+        return forward(self, *arguments, **options)
+
+    monkeypatch.setattr(GPT2LMHeadModel, "forward", counting)
     output, _ = benchmark(tiny_model, text_file, "--stride", stride, "--windows", 3)
     assert f"3 windows of 64 at a stride of {stride}" in output
-    assert sum("labels" in call for call in calls) == 2 + 3  # warm-up and measurement
+    assert found == labels[:2] + labels  # warm-up and measurement
 
 
 def test_the_benchmark_refuses_a_stride_above_the_context(tiny_model, text_file):

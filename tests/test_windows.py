@@ -143,6 +143,12 @@ def test_bf16_layers_keep_fp32_logits(model):
     assert found.nll.sum() != pytest.approx(expected.nll.sum(), rel=1e-9)
 
 
+def test_a_model_of_bf16_weights_has_its_likelihood_computed_in_fp32(model):
+    found = likelihood.likelihood(copy(model).bfloat16(), windows.slide(TEXTS, CONTEXT, 4), 8, torch.bfloat16, "").nll
+    rounded = torch.from_numpy(found).bfloat16().double().numpy()
+    assert (rounded != found).mean() > 0.9
+
+
 def test_the_model_comes_back_in_its_mode_and_torch_in_its_precision(model):
     other = copy(model).train()
     other.transformer.drop.p = 0.5
