@@ -32,7 +32,7 @@ class Run:
 @click.option("--text", type=Path, required=True, help="File of text: the raw test split of WikiText-2, say.")
 @click.option("--stride", type=click.IntRange(1), default=512, show_default=True, help="Tokens between windows.")
 @click.option("--windows", "count", type=click.IntRange(1), help="Windows to measure.  [default: the whole text]")
-@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Windows we score at once.")
+@click.option("--batch-size", type=click.IntRange(1), help="Windows that we read at once.  [default: evaluate's]")
 @click.option(
     "--precision",
     type=click.Choice(params.PRECISIONS),
@@ -40,7 +40,7 @@ class Run:
     show_default=True,
     help="Of ours; auto is bf16 on a GPU, fp32 on a CPU. The loop is fp32.",
 )
-def main(folder: Path, text: Path, stride: int, count: int | None, batch_size: int, precision: str) -> None:
+def main(folder: Path, text: Path, stride: int, count: int | None, batch_size: int | None, precision: str) -> None:
     """Measure our evaluation against the loop of transformers' documentation."""
     say("loading torch and transformers")
     from transformers import AutoConfig
@@ -72,12 +72,12 @@ def main(folder: Path, text: Path, stride: int, count: int | None, batch_size: i
     )
 
 
-def run_ours(folder: Path, laid: windows.Windows, batch_size: int, dtype, place) -> Run:
+def run_ours(folder: Path, laid: windows.Windows, batch_size: int | None, dtype, place) -> Run:
     from stages.likelihood import likelihood
     from stages.model import load_base
 
     model = load_base(folder, None, dtype)
-    some = min(batch_size, len(laid))
+    some = batch_size or 32
     first = windows.Windows(laid.ids, laid.starts[:some], laid.lengths[:some], laid.skips[:some])
     likelihood(model, first, batch_size, dtype, "warm-up")
     with Measured(place) as measured:

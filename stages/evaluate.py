@@ -38,7 +38,7 @@ HIGHEST = 700.0  # nats: exp of more is, or comes near, more than a float holds
 class Evaluate:
     protocol: str
     stride: int | None
-    batch_size: int
+    batch_size: int | None
     precision: str
 
     def __post_init__(self):
@@ -46,7 +46,8 @@ class Evaluate:
         params.require(known, "evaluate.protocol", self.protocol, f"one of {', '.join(PROTOCOLS)}")
         good = self.stride is None or self.stride > 0
         params.require(good, "evaluate.stride", self.stride, "an integer above 0, or null")
-        params.require(self.batch_size > 0, "evaluate.batch_size", self.batch_size, "an integer above 0")
+        good = self.batch_size is None or self.batch_size > 0
+        params.require(good, "evaluate.batch_size", self.batch_size, "an integer above 0, or null")
         known = self.precision in params.PRECISIONS
         params.require(known, "evaluate.precision", self.precision, f"one of {', '.join(params.PRECISIONS)}")
 

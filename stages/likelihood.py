@@ -5,13 +5,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from stages.command import Stop
 from stages.windows import Windows, spans
 
-CHUNK = 1024  # tokens whose logits are held at once: 0.2 GB of them in fp32 with GPT-2's vocabulary
+# Tokens whose logits are held at once. With GPT-2's vocabulary that is 0.2 GB in fp32 on a GPU; on a CPU it is 26 MB,
+# which fit its cache, and which malloc reuses instead of asking the kernel for fresh pages.
+CHUNKS = {"cuda": 1024, "cpu": 128}
+BATCHES = {"cuda": 32_768, "cpu": 2_048}  # tokens read at once, where no number of windows is asked for
 
 
 @dataclass
@@ -23,16 +25,19 @@ class Likelihood:
 
 
 @torch.no_grad()
-def likelihood(model: torch.nn.Module, windows: Windows, batch_size: int, dtype: torch.dtype, label: str) -> Likelihood:
+def likelihood(
+    model: torch.nn.Module, windows: Windows, batch_size: int | None, dtype: torch.dtype, label: str
+) -> Likelihood:
     """Score every window, `batch_size` at once, in evaluation mode, and put the model back into its mode.
 
+    Without a `batch_size`, as many windows are read at once as fill the device's number of tokens in BATCHES.
     The layers compute in `dtype`, the logits in the type of the model's weights, fp32 or fp64, and only where they
-    are scored, CHUNK tokens at a time. On a GPU in bf16, fp32 logits are computed from factors rounded to TF32.
+    are scored, a chunk of tokens at a time. On a GPU in bf16, fp32 logits are computed from factors rounded to TF32.
     """
     device = next(model.parameters()).device
     network = model.get_base_model() if hasattr(model, "get_base_model") else model
     body, head = network.base_model, network.get_output_embeddings()
-    exact = torch.promote_types(head.weight.dtype, torch.float32)
+    chunk, exact = CHUNKS[device.type], torch.promote_types(head.weight.dtype, torch.float32)
     nll = torch.empty(int(windows.counts.sum()), dtype=exact, device=device)
     ranks = torch.empty(len(nll), dtype=torch.int64, device=device)
     was_training = model.training
@@ -40,6 +45,7 @@ def likelihood(model: torch.nn.Module, windows: Windows, batch_size: int, dtype:
     _check_head(network, windows.ids[:8], dtype)
     # The longest first: windows of like length share a batch, and memory that is too small shows at once.
     order = np.argsort(-windows.lengths, kind="stable")
+    batch_size = batch_size or max(1, BATCHES[device.type] // int(windows.lengths.max() - 1))
     parts = np.split(order, range(batch_size, len(order), batch_size))
     done = 0
     with _tf32(device.type == "cuda" and dtype == torch.bfloat16):
@@ -48,10 +54,9 @@ def likelihood(model: torch.nn.Module, windows: Windows, batch_size: int, dtype:
             with torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16):
                 hidden = body(input_ids=inputs, use_cache=False).last_hidden_state
             states = hidden.flatten(0, 1)[scored]
-            for part, wanted in zip(states.split(CHUNK), targets.split(CHUNK), strict=True):
-                logits = head(part.to(head.weight.dtype)).to(exact)
-                nll[done : done + len(wanted)] = F.cross_entropy(logits, wanted, reduction="none")
-                ranks[done : done + len(wanted)] = (logits >= logits.gather(1, wanted[:, None])).sum(1) - 1
+            for part, wanted in zip(states.split(chunk), targets.split(chunk), strict=True):
+                part_of = slice(done, done + len(wanted))
+                nll[part_of], ranks[part_of] = score_tokens(head, part, wanted)
                 done += len(wanted)
     model.train(was_training)
     # Back from the order of the batches into that of the windows.
@@ -76,6 +81,22 @@ def batch(windows: Windows, places: np.ndarray) -> tuple[np.ndarray, np.ndarray,
     wanted = windows.ids[spans(windows.starts[places] + skips, counts) + 1]
     scored = spans(np.arange(len(places)) * width + skips, counts)
     return inputs.astype(np.int64), scored, wanted.astype(np.int64)
+
+
+def score_tokens(
+    head: torch.nn.Module, states: torch.Tensor, wanted: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return negative log-likelihood and rank of some tokens, each (tokens,), from the states they are predicted by."""
+    states, vocabulary = states.to(head.weight.dtype), 1
+    if states.device.type == "cpu" and type(head) is torch.nn.Linear and head.bias is None:
+        logits, vocabulary = head.weight @ states.T, 0  # the same product transposed: 1.3 times as fast with MKL
+    else:
+        logits = head(states)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wanted = wanted.unsqueeze(vocabulary)
+    nll = -logits.log_softmax(vocabulary).gather(vocabulary, wanted)
+    own = logits.gather(vocabulary, wanted)
+    return nll.squeeze(vocabulary), logits.ge_(own).sum(vocabulary).long() - 1
 
 
 def _put(array: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -250,7 +250,7 @@ def refusal(*arguments) -> str:
             "evaluate.stride: expected null, since lm-eval has a stride of its own, not 16",
         ),
         ({"protocol": "wikitext"}, "evaluate.protocol: expected one of native, hf, lm-eval, not 'wikitext'"),
-        ({"batch_size": 0}, "evaluate.batch_size: expected an integer above 0, not 0"),
+        ({"batch_size": 0}, "evaluate.batch_size: expected an integer above 0, or null, not 0"),
         ({"precision": "fp16"}, "evaluate.precision: expected one of auto, bf16, fp32, not 'fp16'"),
     ],
 )

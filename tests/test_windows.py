@@ -105,7 +105,7 @@ def copy(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
 def test_neither_the_batch_nor_the_chunk_changes_a_figure(model, monkeypatch, batch_size):
     laid = windows.slide(TEXTS, CONTEXT, 4)
     expected = likelihood.likelihood(model, laid, 7, torch.float64, "")
-    monkeypatch.setattr(likelihood, "CHUNK", 5)
+    monkeypatch.setitem(likelihood.CHUNKS, "cpu", 5)
     found = likelihood.likelihood(model, laid, batch_size, torch.float64, "")
     assert found.nll == pytest.approx(expected.nll, rel=1e-12)
     assert found.ranks.tolist() == expected.ranks.tolist()
@@ -121,23 +121,58 @@ def test_padded_rows_are_scored_up_to_their_length_whatever_the_padding(model):
 
 
 def test_logits_are_computed_where_they_are_scored_and_a_chunk_at_a_time(model, monkeypatch):
-    monkeypatch.setattr(likelihood, "CHUNK", 5)
+    monkeypatch.setitem(likelihood.CHUNKS, "cpu", 5)
+    sizes, score_tokens = [], likelihood.score_tokens
+
+    def counting(head, states, wanted):
+        sizes.append(len(states))
+        return score_tokens(head, states, wanted)
+
+    monkeypatch.setattr(likelihood, "score_tokens", counting)
+    likelihood.likelihood(model, windows.slide(TEXTS, CONTEXT, 4), 8, torch.float64, "")
+    assert max(sizes) == 5
+    assert sum(sizes) == sum(max(0, length - 1) for length in LENGTHS)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_head_of_any_kind_gives_the_same_likelihood(model, bias):
+    """A plain layer is multiplied the other way round on a CPU; one with a bias, or that something wraps, is called."""
+    laid, other = windows.slide(TEXTS, CONTEXT, 4), copy(model).double()
+    expected = likelihood.likelihood(other, laid, 8, torch.float64, "")
+    other.lm_head = torch.nn.Sequential(other.lm_head) if not bias else other.lm_head
+    if bias:
+        other.lm_head.bias = torch.nn.Parameter(torch.full((VOCABULARY,), 3.0, dtype=torch.float64))
+    else:
+        other.lm_head.weight = other.lm_head[0].weight
+    found = likelihood.likelihood(other, laid, 8, torch.float64, "")
+    assert found.nll == pytest.approx(expected.nll, rel=1e-12)
+    assert found.ranks.tolist() == expected.ranks.tolist()
+
+
+@pytest.mark.parametrize(("tokens", "batches"), [(1, [1] * 9), (3 * CONTEXT, [3, 3, 3]), (1000, [9])])
+def test_without_a_batch_size_as_many_windows_are_read_as_hold_the_device_s_tokens(model, monkeypatch, tokens, batches):
+    monkeypatch.setitem(likelihood.BATCHES, "cpu", tokens)
     monkeypatch.setattr(likelihood, "_check_head", lambda *_: None)
-    laid = windows.slide(TEXTS, CONTEXT, 4)
-    sizes = []
-    handle = model.lm_head.register_forward_hook(lambda module, inputs, logits: sizes.append(logits.shape))
-    likelihood.likelihood(model, laid, 8, torch.float64, "")
+    laid, found = windows.slide(TEXTS[5:8] * 2 + TEXTS[5:6], CONTEXT, 12), []
+    handle = model.transformer.register_forward_pre_hook(
+        lambda module, _, options: found.append(len(options["input_ids"])), with_kwargs=True
+    )
+    likelihood.likelihood(model, laid, None, torch.float64, "")
     handle.remove()
-    assert max(size.numel() for size in sizes) == 5 * VOCABULARY
-    assert sum(size[0] for size in sizes) == sum(max(0, length - 1) for length in LENGTHS)
+    assert found == batches
 
 
-def test_bf16_layers_keep_fp32_logits(model):
-    other, seen = copy(model).float(), set()
-    other.lm_head.register_forward_hook(lambda module, inputs, logits: seen.add((inputs[0].dtype, logits.dtype)))
+def test_bf16_layers_keep_fp32_logits(model, monkeypatch):
+    other, seen, score_tokens = copy(model).float(), set(), likelihood.score_tokens
+
+    def recording(head, states, wanted):
+        seen.add((states.dtype, head.weight.dtype))
+        return score_tokens(head, states, wanted)
+
+    monkeypatch.setattr(likelihood, "score_tokens", recording)
     laid = windows.slide(TEXTS, CONTEXT, 4)
     found = likelihood.likelihood(other, laid, 8, torch.bfloat16, "")
-    assert (torch.float32, torch.float32) in seen
+    assert seen == {(torch.float32, torch.float32)}
     expected = likelihood.likelihood(model, laid, 8, torch.float64, "")
     assert found.nll.sum() == pytest.approx(expected.nll.sum(), rel=1e-2)
     assert found.nll.sum() != pytest.approx(expected.nll.sum(), rel=1e-9)

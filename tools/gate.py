@@ -32,8 +32,8 @@ TOLERANCE = 0.1
     show_default=True,
     help="Perplexity by hf at a stride of the whole context and of half of it; word perplexity by lm-eval.",
 )
-@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Windows scored at once.")
-def main(base: Path | None, text: Path | None, published: tuple[float, ...], batch_size: int) -> None:
+@click.option("--batch-size", type=click.IntRange(1), help="Windows read at once.  [default: as many as fit well]")
+def main(base: Path | None, text: Path | None, published: tuple[float, ...], batch_size: int | None) -> None:
     """Score GPT-2 124M, untuned and in fp32, by each protocol with a published figure; fail where one is off by 0.1."""
     preset = params.section("presets.gpt2", params.Preset)
     folder = base or hub.fetch_model(preset.model, preset.model_revision)
@@ -55,7 +55,7 @@ def fetch_test(preset: params.Preset) -> str:
     return "".join(map(line, rows))
 
 
-def measure(base: Path, text: str, batch_size: int) -> dict[str, float]:
+def measure(base: Path, text: str, batch_size: int | None) -> dict[str, float]:
     """Return the three perplexities of the model in `base` on a raw test split."""
     config = json.loads(need(base / "config.json", "base").read_text(encoding="utf-8"))
     tokenizer = load_tokenizer(base)
