@@ -1,10 +1,11 @@
 # make demo: the whole pipeline on an embedded sample.  make test: lint and every test.
-# Both set up .venv first. PYTHON=python3.12 make demo takes another interpreter (3.11 or newer).
+# make gate: GPT-2's published figures on WikiText-2, from the hub; fails when one is off by more than 0.1.
+# All set up .venv first. PYTHON=python3.12 make demo takes another interpreter (3.11 or newer).
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test install clean
+.PHONY: demo test gate install clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -14,6 +15,9 @@ test: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+gate: $(INSTALLED)
+	@$(BIN)/python tools/gate.py
 
 install: $(INSTALLED)
 	@echo "Activate the environment: . .venv/bin/activate"

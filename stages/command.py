@@ -87,6 +87,8 @@ def whole(target: Path) -> Iterator[Path]:
             _remove(old)
             target.rename(old)
         new.replace(target)
+    except Stop:  # says what is wrong already, maybe with another output
+        raise
     except Exception as error:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or FULL.search(str(error)):
             raise Stop(f"No space left on device for {target}, which is as it was before") from error

@@ -4,7 +4,7 @@ import resource
 
 import torch
 
-PRECISIONS = ("auto", "bf16", "fp32")
+from stages.params import PRECISIONS as PRECISIONS
 
 
 def pick_device() -> torch.device:

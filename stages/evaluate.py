@@ -1,9 +1,17 @@
-"""evaluate: base and tuned model on the test split, side by side.
+"""evaluate: base and tuned model on the test split, side by side, by one of three protocols (stages/protocols.py).
 
-in   data/tokens, data/base, data/adapter, params.yaml: evaluate.*
-out  metrics/eval.json: loss (nats/token), perplexity (exp of it), accuracy (of the next token), and their change
+in   data/raw (test.txt), data/tokens, data/base, data/adapter, params.yaml: evaluate.*
+out  metrics/eval.json: for base and tuned, and as the change from one to the other,
+         loss             summed negative log-likelihood / predicted tokens, nats
+         perplexity       exp(loss)
+         word_perplexity  exp(summed negative log-likelihood / words of the original text)
+         bits_per_byte    summed negative log-likelihood / ln 2 / UTF-8 bytes of the original text
+         accuracy, top5_accuracy  share of predicted tokens that are the model's first choice, among its first five
+     and predicted_tokens, words, bytes, windows: what these figures were counted on
+     metrics/positions.csv: loss and accuracy by the place in the window
 """
 
+import csv
 import json
 import math
 from dataclasses import dataclass
@@ -13,57 +21,170 @@ from typing import TYPE_CHECKING
 import click
 
 from stages import params
-from stages.command import Stop, say, stage, whole
+from stages.command import Stop, need, say, stage, whole
 
 if TYPE_CHECKING:
-    from stages.scoring import Score
+    from stages.likelihood import Likelihood
+    from stages.protocols import Task
+    from stages.windows import Windows
+
+PROTOCOLS = ("native", "hf", "lm-eval")
+BUCKETS = 32  # rows of metrics/positions.csv
+LEAK = 1.5  # a perplexity that no model reaches on real text
+HIGHEST = 700.0  # nats: exp of more is, or comes near, more than a float holds
 
 
 @dataclass
 class Evaluate:
-    batch_size: int
+    protocol: str
+    stride: int | None
+    batch_size: int | None
     precision: str
 
     def __post_init__(self):
-        from stages.device import PRECISIONS
-
-        params.require(self.batch_size > 0, "evaluate.batch_size", self.batch_size, "an integer above 0")
-        known = self.precision in PRECISIONS
-        params.require(known, "evaluate.precision", self.precision, f"one of {', '.join(PRECISIONS)}")
+        known = self.protocol in PROTOCOLS
+        params.require(known, "evaluate.protocol", self.protocol, f"one of {', '.join(PROTOCOLS)}")
+        good = self.stride is None or self.stride > 0
+        params.require(good, "evaluate.stride", self.stride, "an integer above 0, or null")
+        good = self.batch_size is None or self.batch_size > 0
+        params.require(good, "evaluate.batch_size", self.batch_size, "an integer above 0, or null")
+        known = self.precision in params.PRECISIONS
+        params.require(known, "evaluate.precision", self.precision, f"one of {', '.join(params.PRECISIONS)}")
 
 
 @stage
+@click.option("--raw", type=Path, default="data/raw", show_default=True, help="Folder of the text files.")
 @click.option("--tokens", type=Path, default="data/tokens", show_default=True, help="Folder of the token arrays.")
 @click.option("--base", type=Path, default="data/base", show_default=True, help="Folder of the base model.")
 @click.option("--adapter", type=Path, default="data/adapter", show_default=True, help="Folder of the adapter.")
 @click.option("--out", type=Path, default="metrics/eval.json", show_default=True, help="File of the figures.")
-def main(tokens: Path, base: Path, adapter: Path, out: Path) -> None:
+@click.option(
+    "--positions", type=Path, default="metrics/positions.csv", show_default=True, help="File of the figures by place."
+)
+def main(raw: Path, tokens: Path, base: Path, adapter: Path, out: Path, positions: Path) -> None:
     """Score the test split under the base model and under the tuned one."""
-    say("evaluate: loading torch and transformers")
-    from stages import device, model, rows, scoring
-
     evaluate = params.section("evaluate", Evaluate)
-    dtype = device.compute_dtype(evaluate.precision, device.pick_device())
-    test = rows.load(tokens, "test")
+    manifest = read_manifest(tokens)
+    block_size = manifest["block_size"]
+    stride = choose_stride(evaluate, block_size)
+    task = lay_out(evaluate.protocol, stride, manifest, raw, tokens, base)
+    say("evaluate: loading torch and transformers")
+    from stages import device, model
+    from stages.likelihood import likelihood
 
-    scores = {}
+    dtype = device.compute_dtype(evaluate.precision, device.pick_device())
+    found, scores = {}, {}
     for name, load in (
         ("base", lambda: model.load_base(base, None, dtype)),
         ("tuned", lambda: model.load_tuned(base, adapter, dtype)),
     ):
         network = load()
-        scores[name] = figures(scoring.score(network, test, evaluate.batch_size, dtype, f"test, {name}"))
+        found[name] = likelihood(network, task.windows, evaluate.batch_size, dtype, f"test, {name}")
         del network
+        scores[name] = figures(found[name], task)
         say(f"evaluate: {name:6} " + "  ".join(f"{figure} {value:.4f}" for figure, value in scores[name].items()))
+        warn(name, scores[name])
     scores["change"] = {figure: scores["tuned"][figure] - scores["base"][figure] for figure in scores["base"]}
-    with whole(out) as file:
-        file.write_text(json.dumps(scores | {"predicted_tokens": test.targets}, indent=2) + "\n")
+    with whole(positions) as table, whole(out) as file:
+        write_positions(table, task.windows, found, block_size)
+        file.write_text(json.dumps(scores | counts(task), indent=2) + "\n")
 
 
-def figures(score: "Score") -> dict[str, float]:
-    if not math.isfinite(score.loss):
-        raise Stop(f"evaluate: the loss is {score.loss}: the model is broken; train again with a lower learning rate")
-    return {"loss": score.loss, "perplexity": math.exp(score.loss), "accuracy": score.correct / score.tokens}
+def read_manifest(tokens: Path) -> dict:
+    file = need(tokens / "manifest.json", "tokenize")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise Stop(f"{file} is damaged ({error}): run `dvc repro --force tokenize`") from error
+
+
+def choose_stride(evaluate: Evaluate, block_size: int) -> int:
+    """Return the tokens from one window to the next: those asked for, else as many as a window holds."""
+    if evaluate.stride is None:
+        return block_size
+    if evaluate.protocol == "lm-eval":
+        raise params.wrong("evaluate.stride", evaluate.stride, "null, since lm-eval has a stride of its own")
+    if evaluate.stride > block_size:
+        raise params.wrong("evaluate.stride", evaluate.stride, f"1 to {block_size}, the block size, or null")
+    return evaluate.stride
+
+
+def lay_out(protocol: str, stride: int, manifest: dict, raw: Path, tokens: Path, base: Path) -> "Task":
+    """Return what `protocol` scores of the test split; stop where that is nothing."""
+    from stages import protocols, rows
+    from stages.tokenize import load_tokenizer
+
+    text = protocols.read(raw)
+    need(base / "tokenizer.json", "base")
+    tokenizer = load_tokenizer(base)
+    if protocol == "native":
+        task = protocols.native(rows.load(tokens, "test"), manifest["layout"], text, tokenizer, stride)
+    elif protocol == "hf":
+        task = protocols.hf(text, tokenizer, manifest["block_size"], stride)
+    else:
+        task = protocols.lm_eval(text, tokenizer, manifest["end_of_text_id"], manifest["block_size"])
+    if len(task.windows) == 0 or task.words == 0:
+        raise Stop(f"{raw}/test.txt: nothing to score: expected a word at least, and a token to predict")
+    return task
+
+
+def figures(found: "Likelihood", task: "Task") -> dict[str, float]:
+    nll = float(found.nll.sum())
+    loss = nll / len(found.nll)
+    if not math.isfinite(loss):
+        raise Stop(f"evaluate: the loss is {loss}: the model is broken; train again with a lower learning rate")
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, HIGHEST)),
+        "word_perplexity": math.exp(min(nll / task.words, HIGHEST)),
+        "bits_per_byte": nll / math.log(2) / task.bytes,
+        "accuracy": float((found.ranks < 1).mean()),
+        "top5_accuracy": float((found.ranks < 5).mean()),
+    }
+
+
+def counts(task: "Task") -> dict[str, int]:
+    predicted = int(task.windows.counts.sum())
+    return {
+        "predicted_tokens": predicted,
+        "words": task.words,
+        "bytes": task.bytes,
+        "windows": len(task.windows),
+    }
+
+
+def warn(name: str, scores: dict[str, float]) -> None:
+    """Say what is odd about a model's figures."""
+    if scores["perplexity"] < LEAK:
+        say(
+            f"evaluate: warning: the {name} model's perplexity, {scores['perplexity']:.4f}, is below {LEAK}: on real "
+            "text its labels probably leak: padding is counted, or the model sees what it predicts"
+        )
+    for figure in ("perplexity", "word_perplexity"):
+        if scores[figure] == math.exp(HIGHEST):
+            say(f"evaluate: warning: the {name} model's {figure} is capped at {scores[figure]:.1e}, exp({HIGHEST:.0f})")
+
+
+def write_positions(file: Path, windows: "Windows", found: "dict[str, Likelihood]", block_size: int) -> None:
+    """Write the means of the tokens that were predicted from as many tokens, in buckets of equal width.
+
+    `position` is the smallest number of tokens that a bucket's were predicted from. Buckets without any are left out.
+    """
+    import numpy as np
+
+    buckets = min(BUCKETS, block_size)
+    places = (windows.contexts - 1) * buckets // block_size
+    tokens = np.bincount(places, minlength=buckets)
+    columns = {f"{name}_loss": scored.nll for name, scored in found.items()}
+    columns |= {f"{name}_accuracy": scored.ranks < 1 for name, scored in found.items()}
+    sums = {name: np.bincount(places, values, minlength=buckets) for name, values in columns.items()}
+    with file.open("w", newline="") as out:
+        table = csv.writer(out, lineterminator="\n")
+        table.writerow(["position", "tokens", *sums])
+        for bucket in np.flatnonzero(tokens):
+            first = -(-int(bucket) * block_size // buckets) + 1
+            means = [float(values[bucket] / tokens[bucket]) for values in sums.values()]
+            table.writerow([first, int(tokens[bucket]), *means])
 
 
 if __name__ == "__main__":

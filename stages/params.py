@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from stages.command import Stop
 
 FILE = Path("params.yaml")
+PRECISIONS = ("auto", "bf16", "fp32")  # of train and evaluate; here, so that a wrong one is refused before torch loads
 Section = TypeVar("Section")
 
 

@@ -80,7 +80,11 @@ def made(tmp_path_factory, tiny_model, tiny_corpus):
 @pytest.fixture
 def inputs(made):
     """The options of each stage that read the outputs of a run that went well."""
-    reads = {"tokenize": ["raw", "base"], "train": ["tokens", "base"], "evaluate": ["tokens", "base", "adapter"]}
+    reads = {
+        "tokenize": ["raw", "base"],
+        "train": ["tokens", "base"],
+        "evaluate": ["raw", "tokens", "base", "adapter"],
+    }
     return {stage: [part for name in names for part in (f"--{name}", made[name])] for stage, names in reads.items()}
 
 
@@ -308,6 +312,7 @@ def test_a_model_that_is_no_language_model(workplace):
         ("tokenize", "--base", "base"),
         ("train", "--tokens", "tokenize"),
         ("train", "--base", "base"),
+        ("evaluate", "--raw", "prepare"),
         ("evaluate", "--tokens", "tokenize"),
         ("evaluate", "--base", "base"),
         ("evaluate", "--adapter", "train"),

@@ -3,8 +3,13 @@
 import csv
 import json
 import math
+import re
+import sys
 from pathlib import Path
 
+import alone
+import numpy as np
+import pandas
 import pytest
 import tiny
 import torch
@@ -12,7 +17,8 @@ from click.testing import CliRunner
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from stages import base, evaluate, model, prepare, rows, scoring, tokenize, train
+from stages import articles, base, evaluate, model, prepare, protocols, rows, scoring, tokenize, train, windows
+from stages.likelihood import Likelihood
 
 METHODS = {
     "lora": {},
@@ -24,6 +30,7 @@ METHODS = {
 }
 ORDINARY = {"method": "lora", "methods.qlora.bits": 4, "methods.qlora.double_quant": True, "lora.bits": 16}
 LEARNING_RATES = {"full": 3e-3}
+BLOCK = 32  # tokens: tokenize.block_size of tiny's projects
 IDS = torch.arange(2 * 30).reshape(2, 30) * 7 % 300
 
 
@@ -85,8 +92,16 @@ def test_perplexity_is_the_exponential_of_the_loss_and_the_change_a_difference(m
         assert 0 <= scores["accuracy"] <= 1
     for name, change in figures["change"].items():
         assert change == figures["tuned"][name] - figures["base"][name]
-    assert set(figures["change"]) == {"loss", "perplexity", "accuracy"}
-    assert figures["predicted_tokens"] == read("data/tokens/manifest.json")["splits"]["test"]["predicted_tokens"]
+    names = {"loss", "perplexity", "word_perplexity", "bits_per_byte", "accuracy", "top5_accuracy"}
+    assert set(figures["base"]) == set(figures["tuned"]) == set(figures["change"]) == names
+    split = read("data/tokens/manifest.json")["splits"]["test"]
+    text = Path("data/raw/test.txt").read_text()
+    assert {name: number for name, number in figures.items() if not isinstance(number, dict)} == {
+        "predicted_tokens": split["predicted_tokens"],
+        "words": len(text.split()),
+        "bytes": len(text.encode()),
+        "windows": split["rows"],
+    }
 
 
 def test_the_base_is_scored_alike_whatever_was_trained():
@@ -94,19 +109,175 @@ def test_the_base_is_scored_alike_whatever_was_trained():
     assert all(scores == figures[0] for scores in figures)
 
 
-def test_the_base_s_figures_are_those_of_the_model_as_published():
-    network = AutoModelForCausalLM.from_pretrained("data/base").double().eval()
-    nll, correct = 0.0, 0
-    test = rows.load(Path("data/tokens"), "test")
-    for ids, length in zip(test.ids, test.lengths, strict=True):
-        row = torch.from_numpy(ids[:length].astype("int64"))
-        with torch.no_grad():
-            scores = network(input_ids=row[None, :-1]).logits[0].log_softmax(-1)
-        nll -= float(scores.gather(1, row[1:, None]).sum())
-        correct += int((scores.argmax(-1) == row[1:]).sum())
-    figures = read("lora/eval.json")["base"]
-    assert figures["loss"] == pytest.approx(nll / test.targets, rel=1e-5)
-    assert figures["accuracy"] == pytest.approx(correct / test.targets)
+def check_figures(found: dict, nll: float, ranks: np.ndarray, words: int, size: int) -> None:
+    assert {name: number for name, number in found.items() if name in ("predicted_tokens", "words", "bytes")} == {
+        "predicted_tokens": len(ranks),
+        "words": words,
+        "bytes": size,
+    }
+    assert found["base"] == pytest.approx(
+        {
+            "loss": nll / len(ranks),
+            "perplexity": math.exp(nll / len(ranks)),
+            "word_perplexity": math.exp(nll / words),
+            "bits_per_byte": nll / math.log(2) / size,
+            "accuracy": (ranks == 0).mean(),
+            "top5_accuracy": (ranks < 5).mean(),
+        },
+        rel=1e-5,
+    )
+
+
+def evaluated(workplace, **settings) -> dict:
+    """Return the figures of the lora adapter with other parameters of `evaluate`."""
+    for key, value in settings.items():
+        tiny.set_param(workplace, f"evaluate.{key}", value)
+    run(evaluate.main, "--adapter", "lora/adapter", "--out", "again/eval.json", "--positions", "again/positions.csv")
+    return read("again/eval.json")
+
+
+@pytest.fixture
+def restored(workplace):
+    """Puts params.yaml back after the test."""
+    before = (workplace / "params.yaml").read_bytes()
+    yield workplace
+    (workplace / "params.yaml").write_bytes(before)
+
+
+@pytest.mark.parametrize("stride", [None, 7])
+def test_native_figures_are_those_of_each_token_by_itself(restored, stride):
+    text = Path("data/raw/test.txt").read_text()
+    tokenizer, end = tokenize.load_tokenizer(Path("data/base")), read("data/base/config.json")["eos_token_id"]
+    stream = [id for article in articles.split(text) for id in (*tokenizer.encode(article).ids, end)][:-1]
+    scored = alone.scored(Path("data/base"), [stream], [alone.slid(len(stream), BLOCK, stride or BLOCK)])
+    check_figures(evaluated(restored, stride=stride), *scored, len(text.split()), len(text.encode()))
+
+
+@pytest.mark.parametrize("stride", [None, 16, 1])
+def test_hf_figures_are_those_of_each_token_by_itself(restored, stride):
+    text = Path("data/raw/test.txt").read_text()
+    joined = "\n\n".join("" if line.isspace() else line for line in text.splitlines(keepends=True))
+    stream = tokenize.load_tokenizer(Path("data/base")).encode(joined).ids
+    scored = alone.scored(Path("data/base"), [stream], [alone.slid(len(stream), BLOCK, stride or BLOCK)])
+    found = evaluated(restored, protocol="hf", stride=stride)
+    check_figures(found, *scored, len(text.split()), len(text.encode()))
+    assert found["windows"] == 1 + math.ceil((len(stream) - 1 - BLOCK) / (stride or BLOCK))
+
+
+def test_lm_eval_figures_are_those_of_each_token_by_itself(restored):
+    text = Path("data/raw/test.txt").read_text()
+    pages = protocols.pages(text)
+    tokenizer, end = tokenize.load_tokenizer(Path("data/base")), read("data/base/config.json")["eos_token_id"]
+    texts = [[end, *tokenizer.encode(protocols.detokenise(page)).ids] for page in pages]
+    contexts = [alone.rolled(len(text), BLOCK) for text in texts]
+    words = sum(len(re.split(r"\s+", page)) for page in pages)
+    found = evaluated(restored, protocol="lm-eval")
+    scored = alone.scored(Path("data/base"), texts, contexts)
+    check_figures(found, *scored, words, sum(len(page.encode()) for page in pages))
+
+
+@pytest.mark.parametrize("settings", [{}, {"stride": 5}, {"protocol": "lm-eval"}], ids=str)
+def test_the_figures_by_position_add_up_to_those_of_the_split(restored, settings):
+    found = evaluated(restored, **settings)
+    table = pandas.read_csv("again/positions.csv")
+    names = ["base_loss", "tuned_loss", "base_accuracy", "tuned_accuracy"]
+    assert list(table.columns) == ["position", "tokens", *names]
+    assert table.position.tolist() == list(range(1, BLOCK + 1))
+    assert table.tokens.sum() == found["predicted_tokens"]
+    for name in names:
+        model, figure = name.split("_")
+        mean = (table[name] * table.tokens).sum() / table.tokens.sum()
+        assert mean == pytest.approx(found[model][figure], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("block_size", "contexts", "expected"),
+    [
+        (1024, [1, 32, 33, 1024], [(1, 2), (33, 1), (993, 1)]),
+        (50, [1, 2, 3, 4, 50], [(1, 2), (3, 2), (50, 1)]),
+        (3, [1, 3, 3], [(1, 1), (3, 2)]),
+    ],
+)
+def test_positions_stand_in_at_most_32_buckets_by_their_first(tmp_path, block_size, contexts, expected):
+    count = len(contexts)
+    skips = np.array(contexts) - 1
+    laid = windows.Windows(np.zeros(2000, np.uint16), np.zeros(count, int), skips + 2, skips)
+    scored = Likelihood(np.arange(count) + 1.0, np.zeros(count, int))
+    evaluate.write_positions(tmp_path / "positions.csv", laid, {"base": scored, "tuned": scored}, block_size)
+    table = pandas.read_csv(tmp_path / "positions.csv")
+    assert list(zip(table.position, table.tokens, strict=True)) == expected
+    assert (table.tokens * table.base_loss).sum() == pytest.approx(count * (count + 1) / 2)
+
+
+# Figures that are odd
+
+
+def task_of(tokens: int, words: int) -> protocols.Task:
+    return protocols.Task(windows.slide([np.zeros(tokens + 1, np.uint16)], BLOCK, BLOCK), words, 10)
+
+
+@pytest.mark.parametrize(("loss", "warned"), [(math.log(1.49), True), (math.log(1.51), False)])
+def test_a_perplexity_that_no_real_text_has_is_reported_as_a_leak(capsys, loss, warned):
+    scores = evaluate.figures(Likelihood(np.full(4, loss), np.zeros(4, int)), task_of(4, 4))
+    evaluate.warn("tuned", scores)
+    printed = capsys.readouterr().out
+    assert ("warning: the tuned model's perplexity" in printed and "labels probably leak" in printed) is warned
+
+
+def test_a_perplexity_too_large_for_a_number_is_capped_and_said(capsys):
+    scores = evaluate.figures(Likelihood(np.full(8, 650.0), np.full(8, 7)), task_of(8, 2))
+    assert scores["perplexity"] == math.exp(650)
+    assert scores["word_perplexity"] == math.exp(700)
+    assert json.loads(json.dumps(scores, allow_nan=False)) == scores
+    evaluate.warn("base", scores)
+    assert capsys.readouterr().out.count("word_perplexity is capped at 1.0e+304") == 1
+
+
+# Bad input
+
+
+def refusal(*arguments) -> str:
+    """Return the line of a run that has no torch: what is wrong must be said before it is imported."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("torch", "transformers", "stages.likelihood", "stages.model", "stages.device"):
+            patch.setitem(sys.modules, name, None)
+        result = CliRunner().invoke(evaluate.main, ["--adapter", "lora/adapter", *map(str, arguments)])
+    assert result.exit_code == 1
+    return result.output.splitlines()[-1]  # behind what is left of a progress bar
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"stride": 0}, "evaluate.stride: expected an integer above 0, or null, not 0"),
+        ({"stride": 33}, "evaluate.stride: expected 1 to 32, the block size, or null, not 33"),
+        ({"protocol": "hf", "stride": 33}, "evaluate.stride: expected 1 to 32, the block size, or null, not 33"),
+        (
+            {"protocol": "lm-eval", "stride": 16},
+            "evaluate.stride: expected null, since lm-eval has a stride of its own, not 16",
+        ),
+        ({"protocol": "wikitext"}, "evaluate.protocol: expected one of native, hf, lm-eval, not 'wikitext'"),
+        ({"batch_size": 0}, "evaluate.batch_size: expected an integer above 0, or null, not 0"),
+        ({"precision": "fp16"}, "evaluate.precision: expected one of auto, bf16, fp32, not 'fp16'"),
+    ],
+)
+def test_a_wrong_parameter_is_one_line_before_torch_is_loaded(restored, settings, line):
+    for key, value in settings.items():
+        tiny.set_param(restored, f"evaluate.{key}", value)
+    assert refusal() == f"Error: params.yaml: {line}"
+
+
+@pytest.mark.parametrize(("protocol", "text"), [("hf", ""), ("hf", "x"), ("hf", " \n"), ("lm-eval", "")])
+def test_a_text_with_nothing_to_predict_is_one_line(restored, tmp_path, protocol, text):
+    tiny.set_param(restored, "evaluate.protocol", protocol)
+    (tmp_path / "test.txt").write_text(text)
+    line = f"Error: {tmp_path}/test.txt: nothing to score: expected a word at least, and a token to predict"
+    assert refusal("--raw", tmp_path) == line
+
+
+def test_a_manifest_that_is_damaged_is_one_line(tmp_path):
+    (tmp_path / "manifest.json").write_text("{")
+    assert refusal("--tokens", tmp_path).startswith(f"Error: {tmp_path}/manifest.json is damaged")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -181,10 +352,8 @@ def test_the_tuned_model_that_is_evaluated_is_the_best_that_was_trained():
         assert found == pytest.approx(read(f"{method}/train.json")["best_validation_loss"], rel=1e-5), method
 
 
-def test_the_figures_do_not_depend_on_the_batch_size(workplace):
-    tiny.set_param(workplace, "evaluate.batch_size", 3)
-    run(evaluate.main, "--adapter", "lora/adapter", "--out", "again/eval.json")
-    for name, scores in read("again/eval.json").items():
+def test_the_figures_do_not_depend_on_the_batch_size(restored):
+    for name, scores in evaluated(restored, batch_size=3).items():
         assert scores == pytest.approx(read("lora/eval.json")[name], rel=1e-5, abs=1e-6)
 
 

@@ -105,7 +105,9 @@ def test_a_number_in_any_notation_is_a_number(written, rate):
         ("tokenize.layout", None, "a string"),
         ("presets.gpt2.model", ["gpt2"], "a string or null"),
         ("prepare.fraction", "half", "a number"),
-        ("evaluate.batch_size", 0.5, "an integer"),
+        ("evaluate.batch_size", 0.5, "an integer or null"),
+        ("evaluate.stride", "half", "an integer or null"),
+        ("evaluate.protocol", None, "a string"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused(folder, key, value, expected):
@@ -126,7 +128,10 @@ def test_a_value_of_the_wrong_type_is_refused(folder, key, value, expected):
         ("train.weight_decay", -0.1, "0 or more"),
         ("train.precision", "fp16", PRECISION),
         ("evaluate.precision", "bf8", PRECISION),
-        ("evaluate.batch_size", 0, "an integer above 0"),
+        ("evaluate.batch_size", 0, "an integer above 0, or null"),
+        ("evaluate.stride", 0, "an integer above 0, or null"),
+        ("evaluate.stride", -512, "an integer above 0, or null"),
+        ("evaluate.protocol", "lm_eval", "one of native, hf, lm-eval"),
         ("lora.r", 0, "an integer above 0"),
         ("lora.alpha", 0.0, "a number above 0"),
         ("lora.dropout", 1.0, SHARE),

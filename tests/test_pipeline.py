@@ -17,7 +17,7 @@ import yaml
 from tiny import ROOT, run, set_param
 
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-METRICS = {"metrics/eval.json", "metrics/loss.csv", "metrics/train.json"}
+METRICS = {"metrics/eval.json", "metrics/loss.csv", "metrics/positions.csv", "metrics/train.json"}
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -79,6 +79,7 @@ def test_nothing_reruns_when_nothing_changed(finished):
         ({"lora.r": 3}, "train evaluate"),
         ({"tokenize.block_size": 24}, "tokenize train evaluate"),
         ({"evaluate.batch_size": 5}, "evaluate"),
+        ({"evaluate.protocol": "hf", "evaluate.stride": 16}, "evaluate"),
         ({"prepare.fraction": 0.5}, "prepare tokenize train evaluate"),
         # Of variants that are not chosen:
         ({"methods.qlora.bits": 8, "methods.qlora.quant_type": "fp4", "methods.qlora.double_quant": False}, ""),
