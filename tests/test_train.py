@@ -10,7 +10,7 @@ import tiny
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from stages import loop, lora, model, rows, scoring
+from stages import device, loop, lora, model, rows, scoring
 from stages.command import Stop
 
 FP32 = torch.float32
@@ -414,3 +414,13 @@ def test_bf16_trains_an_fp32_adapter(tiny_model):
     exact = loop.fit(adapted(tiny_model), train, train, options(epochs=4), seed=0)
     assert history.best["validation_loss"] == pytest.approx(exact.best["validation_loss"], rel=0.02)
     assert history.best["validation_loss"] != exact.best["validation_loss"]
+
+
+def test_auto_is_bf16_where_the_device_computes_in_it(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for native, expected in ((True, torch.bfloat16), (False, FP32)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native)
+        assert device.compute_dtype("auto", cpu) == expected
+        assert device.compute_dtype("auto", gpu) == torch.bfloat16
+        assert device.compute_dtype("fp32", cpu) == device.compute_dtype("fp32", gpu) == FP32
+        assert device.compute_dtype("bf16", cpu) == torch.bfloat16
