@@ -42,9 +42,14 @@ def batch(rows: Rows, places: np.ndarray, device: torch.device) -> tuple[torch.T
 def nll_sum(model: torch.nn.Module, inputs: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return the summed negative log-likelihood of the targets in nats, fp32, with gradients."""
     body, head = body_and_head(model)
-    with torch.autocast(inputs.device.type, dtype, enabled=dtype == torch.bfloat16):
+    with autocast(head, dtype):
         states = body(input_ids=inputs, use_cache=False).last_hidden_state
     return LinearCrossEntropy.apply(states.flatten(0, 1), head.weight, targets.flatten(), dtype)
+
+
+def autocast(head: torch.nn.Linear, dtype: torch.dtype) -> torch.autocast:
+    """Let layers compute in `dtype`; weights that are held in it need no casts."""
+    return torch.autocast(head.weight.device.type, dtype, enabled=dtype == torch.bfloat16 != head.weight.dtype)
 
 
 def body_and_head(model: torch.nn.Module) -> tuple[torch.nn.Module, torch.nn.Linear]:
@@ -76,6 +81,7 @@ def score(model: torch.nn.Module, rows: Rows, batch_size: int, dtype: torch.dtyp
     """
     device = next(model.parameters()).device
     body, head = body_and_head(model)
+    weight = head.weight.float()
     nll = torch.zeros((), dtype=torch.float64, device=device)
     correct = torch.zeros((), dtype=torch.int64, device=device)
     was_training = model.training
@@ -83,11 +89,11 @@ def score(model: torch.nn.Module, rows: Rows, batch_size: int, dtype: torch.dtyp
     parts = np.split(np.arange(len(rows)), range(batch_size, len(rows), batch_size))
     for places in tqdm(parts, label, unit="batch", position=0, leave=False):
         inputs, targets = batch(rows, places, device)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with autocast(head, dtype):
             hidden = body(input_ids=inputs, use_cache=False).last_hidden_state
         scored = targets != IGNORED
         for states, wanted in zip(hidden[scored].split(CHUNK), targets[scored].split(CHUNK), strict=True):
-            logits = head(states.to(head.weight.dtype)).float()
+            logits = states.float() @ weight.T
             nll += F.cross_entropy(logits, wanted, reduction="none").double().sum()
             correct += (logits.argmax(-1) == wanted).sum()
     model.train(was_training)
