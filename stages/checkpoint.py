@@ -84,10 +84,10 @@ class Checkpoints:
 
     def stop(self, step: int, steps: int) -> None:
         """End the process as the signal that was caught asks for: 130 after SIGINT, 143 after SIGTERM."""
-        if self.every:
-            say(f"train: stopped after step {step} of {steps}, kept in {self.folder}: the same command goes on from there")
-        else:
-            say(f"train: stopped after step {step} of {steps}; nothing is kept, since train.checkpoint_every is 0")
+        kept = f"kept in {self.folder}: run the same command to go on"
+        if not self.every:
+            kept = "nothing is kept, since train.checkpoint_every is 0"
+        say(f"train: stopped after step {step} of {steps}; {kept}")
         raise SystemExit(128 + self.caught[0])
 
     def remove(self) -> None:

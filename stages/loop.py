@@ -158,8 +158,9 @@ def fit(
                 record = {"counts": counts, "history": asdict(history)}
                 checkpoints.write(step, trained, optimizer, best_values, losses, record)
             if checkpoints and checkpoints.caught:
-                bar.clear()
-                checkpoints.stop(step, steps)
+                break
+    if checkpoints and checkpoints.caught:
+        checkpoints.stop(step, steps)
     with torch.no_grad():
         for parameter, value in zip(trained, best_values, strict=True):
             parameter.copy_(value)

@@ -22,19 +22,19 @@ def too_large(model: torch.nn.Module, train: "Rows", options: "Train", dtype: to
     asked = f"train: out of memory at train.batch_size {batch_size}"
     try:
         fixed, row, room = measure(model, train, dtype)
+        fits = min(batch_size - 1, largest(fixed, row, room))
     except torch.OutOfMemoryError:
+        fits = 0
+    if fits < 1:
         return Stop(
             f"{asked}: not even a row of {tokens:,} tokens fits: lower tokenize.block_size, take a smaller model, or "
             "end what else uses the GPU (nvidia-smi)"
         )
-    fits = min(batch_size - 1, largest(fixed, row, room))
-    if fits < 1:
-        return Stop(f"{asked}, of a row of {tokens:,} tokens: lower tokenize.block_size or take a smaller model")
     step = batch_size * options.accumulation_steps
     even = max(size for size in range(1, fits + 1) if step % size == 0)
     return Stop(
-        f"{asked}: a token takes {row / tokens / 1e3:,.0f} kB, all else {fixed / 1e9:.2f} GB of {room / 1e9:.2f} GB, so "
-        f"{fits} rows of {tokens:,} tokens fit; for the same steps: -S train.batch_size={even} "
+        f"{asked}: a token takes {row / tokens / 1e3:,.0f} kB, all else {fixed / 1e9:.2f} GB of {room / 1e9:.2f} GB, "
+        f"so {fits} rows of {tokens:,} tokens fit; for the same steps: -S train.batch_size={even} "
         f"-S train.accumulation_steps={step // even}"
     )
 

@@ -27,7 +27,7 @@ OUTPUTS = {
     "evaluate": ["metrics/eval.json", "metrics/positions.csv"],
 }
 CALLS = ("fsync", "rename", "replace", "unlink", "rmdir")  # by which outputs and checkpoints come and go
-CHANGES = {"base": 8, "prepare": 8, "tokenize": 15, "train": 60, "evaluate": 5}  # half of the calls of a run, or so
+PLACES = {"base": 16, "prepare": 14, "tokenize": 30, "train": 50, "evaluate": 10}  # of a kill among a run's calls
 LOG = Path("log.txt")
 Work = Callable[[], None]
 
@@ -135,7 +135,7 @@ def kill_stage(name: str, kills: int, pick: random.Random) -> dict:
         elif killed % 2:
             code = kill_after(pick.uniform(0, seconds), stage)
         else:
-            code = kill_at_call(pick.randrange(2 * CHANGES[name]), stage)
+            code = kill_at_call(pick.randrange(PLACES[name]), stage)
         seen["resumed"] += resumed
         if code == 0:
             seen["ended"] += 1
