@@ -12,7 +12,8 @@ import platform
 import shutil
 import signal
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -32,6 +33,8 @@ class Checkpoints:
     folder: Path
     every: int
     caught: list[int]
+    writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    writing: Future | None = None
 
     def due(self, step: int) -> bool:
         return self.every > 0 and (step % self.every == 0 or bool(self.caught))
@@ -45,13 +48,24 @@ class Checkpoints:
         losses: list[torch.Tensor],
         record: dict,
     ) -> None:
-        """Add a checkpoint, then drop all but the newest two: a process killed at any point leaves one that is whole.
+        """Take a checkpoint, and write it while training goes on.
 
         Raises:
-            Stop: the disk is full; the checkpoints before are still there.
+            Stop: the disk was full when the one before was written; those before it are still there.
         """
+        self.wait()
+        held = pack(trained, optimizer, best, losses)
+        self.writing = self.writer.submit(self.put, step, held, json.dumps(record))
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is written; raise what went wrong."""
+        if self.writing:
+            self.writing.result()
+
+    def put(self, step: int, held: dict[str, torch.Tensor], record: str) -> None:
+        """Add a file, then drop all but the newest two: a process killed at any point leaves one that is whole."""
         # One key of metadata: safetensors writes several in any order.
-        content = save(pack(trained, optimizer, best, losses), {"record": json.dumps(record)})
+        content = save(held, {"record": record})
         with whole(self.folder / f"{step:08d}-{digest(content)}.safetensors") as file:
             file.write_bytes(content)
         kept = self.files()[:KEPT]
@@ -84,6 +98,7 @@ class Checkpoints:
 
     def stop(self, step: int, steps: int) -> None:
         """End the process as the signal that was caught asks for: 130 after SIGINT, 143 after SIGTERM."""
+        self.wait()
         kept = f"kept in {self.folder}: run the same command to go on"
         if not self.every:
             kept = "nothing is kept, since train.checkpoint_every is 0"
@@ -92,6 +107,7 @@ class Checkpoints:
 
     def remove(self) -> None:
         """Remove the run's folder, and the one around it unless it holds those of other runs."""
+        self.writer.shutdown()
         shutil.rmtree(self.folder, ignore_errors=True)
         with contextlib.suppress(OSError):
             self.folder.parent.rmdir()
@@ -141,7 +157,7 @@ def signals() -> Iterator[list[int]]:
 def pack(
     trained: list[torch.Tensor], optimizer: torch.optim.Optimizer, best: list[torch.Tensor], losses: list[torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Return all tensors that decide what the next steps do, by name, on the CPU."""
+    """Return copies of all tensors that decide what the next steps do, by name, on the CPU."""
     held = {f"value.{place}": value for place, value in enumerate(trained)}
     held |= {f"best.{place}": value for place, value in enumerate(best)}
     held |= {
@@ -154,7 +170,7 @@ def pack(
     held["random.cpu"] = torch.get_rng_state()
     if trained[0].is_cuda:
         held["random.cuda"] = torch.cuda.get_rng_state(trained[0].device)
-    return {name: value.detach().cpu().contiguous() for name, value in held.items()}
+    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in held.items()}
 
 
 def unpack(

@@ -45,6 +45,11 @@ def stage(main: Callable) -> click.Command:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT):
                 raise
             raise Stop(f"{error.strerror}: {error.filename or Path.cwd()}; outputs are as they were before") from error
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+                raise
+            advice = "lower the stage's batch_size, or end what else uses the GPU (nvidia-smi)"
+            raise Stop(f"out of memory on the GPU: {advice}; outputs are as they were before") from error
         except KeyboardInterrupt:
             say("Stopped; outputs are as they were before")
             raise SystemExit(130) from None

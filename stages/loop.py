@@ -36,7 +36,7 @@ class Train:
     base_dropout: float
     precision: str
     validations: int
-    checkpoint_every: int
+    checkpoint_every: int | None
 
     def __post_init__(self):
         for name in ("epochs", "batch_size", "accumulation_steps", "validations"):
@@ -47,7 +47,8 @@ class Train:
         for name in ("warmup_fraction", "base_dropout"):
             share = getattr(self, name)
             params.require(0 <= share < 1, f"train.{name}", share, "a number of at least 0, below 1")
-        params.require(self.checkpoint_every >= 0, "train.checkpoint_every", self.checkpoint_every, "0 or more steps")
+        good = self.checkpoint_every is None or self.checkpoint_every >= 0
+        params.require(good, "train.checkpoint_every", self.checkpoint_every, "an integer of at least 0, or null")
         params.require(0 <= self.weight_decay < math.inf, "train.weight_decay", self.weight_decay, "0 or more")
         known = self.precision in PRECISIONS
         params.require(known, "train.precision", self.precision, f"one of {', '.join(PRECISIONS)}")

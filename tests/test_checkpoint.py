@@ -459,6 +459,14 @@ def test_too_little_memory_for_a_single_row(workplace, small_gpu, monkeypatch, r
     assert line.startswith("Error: train: out of memory at train.batch_size 16: not even a row of 32 tokens fits: ")
 
 
+def test_too_little_memory_in_any_other_stage(workplace, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr(prepare, "read_folder", fail)
+    assert run(prepare.main, 1).startswith("Error: out of memory on the GPU: lower the stage's batch_size, or end ")
+
+
 def test_what_fits_leaves_some_memory_unused():
     assert memory.largest(fixed=10, row=10, room=100) == 8
     assert memory.largest(fixed=200, row=10, room=100) == 0
