@@ -243,6 +243,26 @@ def test_the_code_in_the_key_is_all_that_dvc_watches():
 # What is kept
 
 
+def test_a_checkpoint_that_is_still_being_written_does_not_change_with_the_next_step():
+    trained = [torch.nn.Parameter(torch.ones(3))]
+    optimizer = torch.optim.AdamW(trained, fused=True)
+    losses = [torch.tensor(1.0)]
+
+    def step() -> None:
+        trained[0].grad = torch.ones(3)
+        optimizer.step()
+        losses[0] += 1
+
+    step()
+    held = checkpoint.pack(trained, optimizer, [torch.ones(3)], losses)
+    before = {name: value.clone() for name, value in held.items()}
+    step()
+    now = checkpoint.pack(trained, optimizer, [torch.ones(3)], losses)
+    assert all(torch.equal(held[name], before[name]) for name in held)
+    changed = {name for name in held if not torch.equal(now[name], before[name])}
+    assert changed == {"value.0", "losses", *(f"optimizer.0.{name}" for name in ("step", "exp_avg", "exp_avg_sq"))}
+
+
 def damage(file: Path, how: str) -> None:
     content = bytearray(file.read_bytes())
     if how == "cut off":
