@@ -121,7 +121,7 @@ def key(parameters: dict, folders: Iterable[Path], code: Iterable[Path], device:
         folders: the inputs; each file in them counts, by its name and its bytes.
     """
     versions = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
-    facts = [parameters, versions, device]
+    facts = [parameters, versions, device, torch.backends.cpu.get_cpu_capability()]
     for file in [*(file for folder in folders for file in sorted(folder.iterdir())), *sorted(code)]:
         with file.open("rb") as stream:
             facts.append([file.name, hashlib.file_digest(stream, "sha256").hexdigest()])

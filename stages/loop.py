@@ -14,7 +14,7 @@ from stages import params
 from stages.command import Stop, say
 from stages.device import PRECISIONS, compute_dtype
 from stages.rows import Rows
-from stages.scoring import batch, nll_sum, score
+from stages.scoring import batch, check_head, nll_sum, score
 
 if TYPE_CHECKING:
     from stages.checkpoint import Checkpoints
@@ -104,6 +104,7 @@ def fit(
     rows_a_step = options.batch_size * options.accumulation_steps
     steps = options.epochs * math.ceil(len(train) / rows_a_step)
     set_dropout(model, options.base_dropout)
+    check_head(model)
 
     done = 0
     best_values: list[torch.Tensor] = []

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import torch
 
     from stages.loop import History
+    from stages.lora import Lora
+    from stages.model import Quantization
 
 # Steps between checkpoints. One of GPT-2 with an adapter of rank 16 has 38 MB; one of all its weights has 2 GB.
 EVERY = {"lora": 100, "qlora": 100, "full": 1000}
@@ -64,16 +66,11 @@ def main(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path) 
     dtype = device.compute_dtype(options.precision, place)
     say(f"train: {method} on {device.describe(place)}, {str(dtype).removeprefix('torch.')}")
     torch.manual_seed(seed)
-    network = model.load_base(base, quantization, dtype)
-    taken = {}
-    if method != "full":
-        network = lora.attach(network, low_rank)
-        floats = lora.linear_layers(model.load_base(base, None, dtype)) if low_rank.init == "loftq" else {}
-        taken = lora_init.start(lora.adapted(network), low_rank.init, floats)
-
+    network, taken = build(base, method, quantization, low_rank, dtype)
     split, held_out = rows.load(tokens, "train"), rows.load(tokens, "validation")
     read = {"method": method, "quantization": asdict(section), "lora": asdict(low_rank), "train": asdict(options)}
-    name = checkpoint.key(read | {"seed": seed}, [tokens, base], code_files(), device.describe(place))
+    on = f"{device.describe(place)}, {dtype}"
+    name = checkpoint.key(read | {"seed": seed}, [tokens, base], code_files(), on)
     try:
         with checkpoint.signals() as caught:
             every = EVERY[method] if options.checkpoint_every is None else options.checkpoint_every
@@ -104,6 +101,23 @@ def main(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path) 
         figures.write_text(json.dumps(record, indent=2) + "\n")
     kept.remove()
     report(history, record, timings)
+
+
+def build(
+    base: Path, method: str, quantization: "Quantization | None", low_rank: "Lora", dtype: "torch.dtype"
+) -> "tuple[torch.nn.Module, dict[str, torch.Tensor]]":
+    """Return the model to train and what its adapter's first values took out of the base. The caller seeds."""
+    from stages import lora, lora_init, model
+
+    network = model.load_base(base, quantization, dtype)
+    if method == "full":
+        return network, {}
+    network = lora.attach(network, low_rank)
+    floats = lora.linear_layers(model.load_base(base, None, dtype)) if low_rank.init == "loftq" else {}
+    taken = lora_init.start(lora.adapted(network), low_rank.init, floats)
+    if not low_rank.use_dora:  # which computes norms of whole weights: that wants fp32
+        model.hold_frozen(network, dtype)
+    return network, taken
 
 
 def code_files() -> set[Path]:
