@@ -23,6 +23,7 @@ from benchmarks.grid import Run
 from stages.command import Stop, say, stage, whole
 
 RECORDS, TABLES, CONDITIONS = "runs.jsonl", "methods.md", "conditions.json"
+FIGURES = ("train", "train_timings", "eval")  # the files of metrics/ that a record holds
 
 
 @stage
@@ -127,7 +128,7 @@ def measure(
     shutil.rmtree(folder / "data")  # half a gigabyte where all weights were trained
     record = {"key": run.key, "name": run.name, "seed": run.seed, "error": error, **around}
     record["seconds"] = round(time.monotonic() - started, 1)
-    figures = {} if error else {name: folder / "metrics" / f"{name}.json" for name in ("train", "eval")}
+    figures = {} if error else {name: folder / "metrics" / f"{name}.json" for name in FIGURES}
     return record | {name: json.loads(file.read_text()) for name, file in figures.items()}
 
 

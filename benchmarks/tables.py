@@ -79,9 +79,9 @@ def line(runs: list[Run], records: Records) -> str:
         f"{first['trainable_parameters']:,}",
         f"{first['adapter_bytes'] / 1e6:,.2f}",
         f"{first['frozen_base_bytes'] / 1e6:,.1f}",
-        over_seeds(".2f", lambda record: record["train"]["peak_memory_bytes"] / 1e9),
+        over_seeds(".2f", lambda record: record["train_timings"]["peak_memory_bytes"] / 1e9),
         # Runs that share a device slow each other down: their speed is no property of the method.
-        over_seeds(",.0f", lambda record: record["train"]["tokens_per_second"])
+        over_seeds(",.0f", lambda record: record["train_timings"]["tokens_per_second"])
         if all(record["jobs"] == 1 for record in found)
         else "",
     ]

@@ -45,6 +45,14 @@ def stage(main: Callable) -> click.Command:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT):
                 raise
             raise Stop(f"{error.strerror}: {error.filename or Path.cwd()}; outputs are as they were before") from error
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+                raise
+            advice = "lower the stage's batch_size, or end what else uses the GPU (nvidia-smi)"
+            raise Stop(f"out of memory on the GPU: {advice}; outputs are as they were before") from error
+        except KeyboardInterrupt:
+            say("Stopped; outputs are as they were before")
+            raise SystemExit(130) from None
 
     return click.command(help=main.__doc__)(run)
 
@@ -76,17 +84,21 @@ def need(path: Path, maker: str) -> Path:
 def whole(target: Path) -> Iterator[Path]:
     """Yield a temporary neighbour of `target`, a file or folder to be; it takes the place of `target` at the end.
 
-    Until then, and for good when the block raises, `target` stays as it was.
+    Until then, and for good when the block raises, `target` stays as it was. Wherever the process is killed, `target`
+    is whole, the old one or the new one; or it is absent, for the moment between two renames of a folder, and the next
+    run puts the old one back before it begins.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     new, old = (target.with_name(f".{target.name}.{word}") for word in ("new", "old"))
-    _remove(new)
+    _settle(target, new, old)
     try:
         yield new
+        for path in (new, *new.rglob("*")):
+            _sync(path)
         if target.is_dir():
-            _remove(old)
             target.rename(old)
         new.replace(target)
+        _sync(target.parent)
     except Stop:  # says what is wrong already, maybe with another output
         raise
     except Exception as error:
@@ -94,10 +106,26 @@ def whole(target: Path) -> Iterator[Path]:
             raise Stop(f"No space left on device for {target}, which is as it was before") from error
         raise
     finally:
+        _settle(target, new, old)
+
+
+def _settle(target: Path, new: Path, old: Path) -> None:
+    """Leave of the three only `target`: `old`, always whole, takes its place where it is absent."""
+    _remove(new)
+    if old.exists() and target.exists():
+        old.rename(new)  # a folder that is half removed must never pass for the old one
         _remove(new)
-        if old.exists() and not target.exists():
-            old.rename(target)
-        _remove(old)
+    elif old.exists():
+        old.rename(target)
+
+
+def _sync(path: Path) -> None:
+    """Have a file's bytes, or a folder's names, reach the disk before the next rename does."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def _remove(path: Path) -> None:

@@ -1,20 +1,26 @@
 """The training loop: all that happens between a model with something to train and the same model, trained."""
 
+import itertools
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from stages import params
-from stages.command import Stop
+from stages.command import Stop, say
 from stages.device import PRECISIONS, compute_dtype
 from stages.rows import Rows
 from stages.scoring import batch, check_head, nll_sum, score
 
+if TYPE_CHECKING:
+    from stages.checkpoint import Checkpoints
+
 LOOK_EVERY = 10  # steps between reading the loss back from the device, which waits for it
+EXPLOSION = 100  # times the lowest usual norm of the gradient: worth a warning
 
 
 @dataclass
@@ -30,6 +36,7 @@ class Train:
     base_dropout: float
     precision: str
     validations: int
+    checkpoint_every: int | None
 
     def __post_init__(self):
         for name in ("epochs", "batch_size", "accumulation_steps", "validations"):
@@ -40,6 +47,8 @@ class Train:
         for name in ("warmup_fraction", "base_dropout"):
             share = getattr(self, name)
             params.require(0 <= share < 1, f"train.{name}", share, "a number of at least 0, below 1")
+        good = self.checkpoint_every is None or self.checkpoint_every >= 0
+        params.require(good, "train.checkpoint_every", self.checkpoint_every, "an integer of at least 0, or null")
         params.require(0 <= self.weight_decay < math.inf, "train.weight_decay", self.weight_decay, "0 or more")
         known = self.precision in PRECISIONS
         params.require(known, "train.precision", self.precision, f"one of {', '.join(PRECISIONS)}")
@@ -70,11 +79,22 @@ class History:
             self.best = self.rows[-1]
 
 
-def fit(model: torch.nn.Module, train: Rows, validation: Rows, options: Train, seed: int) -> History:
+def fit(
+    model: torch.nn.Module,
+    train: Rows,
+    validation: Rows,
+    options: Train,
+    seed: int,
+    checkpoints: "Checkpoints | None" = None,
+) -> History:
     """Train the parameters of `model` that require gradients; leave it with the values of lowest validation loss.
 
+    Args:
+        checkpoints: where to go on from, if there is one, and where to write more.
+
     Raises:
-        Stop: the loss of a step is not finite.
+        Stop: the loss or the gradient of a step is not finite.
+        SystemExit: a signal asked to stop; a checkpoint is written.
     """
     device = next(model.parameters()).device
     dtype = compute_dtype(options.precision, device)
@@ -86,18 +106,27 @@ def fit(model: torch.nn.Module, train: Rows, validation: Rows, options: Train, s
     set_dropout(model, options.base_dropout)
     check_head(model)
 
-    start_loss = score(model, validation, options.batch_size, dtype, "validation before training").loss
-    history = History([], start_loss, {"validation_loss": math.inf}, 0, 0.0)
+    done = 0
     best_values: list[torch.Tensor] = []
     losses: list[torch.Tensor] = []  # summed over each step's tokens, since the last validation; on the device
     counts: list[int] = []  # those tokens
+    if found := checkpoints and checkpoints.resume(trained, optimizer):
+        done, best_values, losses, record = found
+        counts, history = record["counts"], History(**record["history"])
+        say(f"train: going on after step {done} of {steps}, from {checkpoints.folder}")
+    else:
+        start_loss = score(model, validation, options.batch_size, dtype, "validation before training").loss
+        history = History([], start_loss, {"validation_loss": math.inf}, 0, 0.0)
+    norms: list[torch.Tensor] = []  # of the gradient, since the last look
+    lowest_norm = math.inf
     model.train()
     started = time.perf_counter()
-    with tqdm(total=steps, desc="train", unit="step", mininterval=0.5) as bar:
-        for step, places in enumerate(batches(len(train), rows_a_step, options.epochs, seed), start=1):
+    order = itertools.islice(batches(len(train), rows_a_step, options.epochs, seed), done, None)
+    with tqdm(total=steps, initial=done, desc="train", unit="step", mininterval=0.5) as bar:
+        for step, places in enumerate(order, start=done + 1):
             counts.append(train.targets_of(places))
             losses.append(accumulate(model, train, places, options.batch_size, dtype))
-            norm = torch.nn.utils.clip_grad_norm_(trained, options.clip_norm)
+            norms.append(torch.nn.utils.clip_grad_norm_(trained, options.clip_norm))
             rate = learning_rate(step, steps, options)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["ratio"]
@@ -109,6 +138,8 @@ def fit(model: torch.nn.Module, train: Rows, validation: Rows, options: Train, s
             validate = step * options.validations // steps > (step - 1) * options.validations // steps
             if validate or step % LOOK_EVERY == 0:
                 check_finite(losses, step)
+                norm = float(norms[-1])
+                lowest_norm, norms = check_norms(norms, lowest_norm, step), []
                 speed = history.tokens / (history.seconds + time.perf_counter() - started)
                 bar.set_postfix_str(f"loss {float(losses[-1]) / counts[-1]:.4f} nats/token, {speed:,.0f} tokens/s")
             if validate:
@@ -118,11 +149,20 @@ def fit(model: torch.nn.Module, train: Rows, validation: Rows, options: Train, s
                 found = score(model, validation, options.batch_size, dtype, f"validation at step {step}").loss
                 if not math.isfinite(found):
                     raise diverged("validation loss", found, step)
-                history.add(step, train_loss, found, rate, float(norm))
+                history.add(step, train_loss, found, rate, norm)
                 if history.best is history.rows[-1]:
                     best_values = [parameter.detach().to("cpu", copy=True) for parameter in trained]
                 losses, counts = [], []
                 started = time.perf_counter()
+            if checkpoints and checkpoints.due(step):
+                history.seconds += time.perf_counter() - started
+                started = time.perf_counter()
+                record = {"counts": counts, "history": asdict(history)}
+                checkpoints.write(step, trained, optimizer, best_values, losses, record)
+            if checkpoints and checkpoints.caught:
+                break
+    if checkpoints and checkpoints.caught:
+        checkpoints.stop(step, steps)
     with torch.no_grad():
         for parameter, value in zip(trained, best_values, strict=True):
             parameter.copy_(value)
@@ -179,16 +219,32 @@ def set_dropout(model: torch.nn.Module, share: float) -> None:
             module.attention_dropout = share
 
 
-def check_finite(losses: list[torch.Tensor], step: int) -> None:
-    """Stop at the first loss that is not finite; `losses` are those of the last steps up to `step`."""
-    finite = torch.isfinite(torch.stack(losses)).tolist()
+def check_finite(numbers: list[torch.Tensor], step: int, what: str = "loss") -> None:
+    """Stop at the first loss that is not finite; `numbers` are those of the last steps up to `step`."""
+    finite = torch.isfinite(torch.stack(numbers)).tolist()
     if not all(finite):
-        bad = step - len(losses) + 1 + finite.index(False)
-        raise diverged("loss", float(losses[finite.index(False)]), bad)
+        bad = step - len(numbers) + 1 + finite.index(False)
+        raise diverged(what, float(numbers[finite.index(False)]), bad)
 
 
-def diverged(what: str, loss: float, step: int) -> Stop:
+def check_norms(norms: list[torch.Tensor], lowest: float, step: int) -> float:
+    """Stop at a gradient that is not finite, warn of one that explodes; return the lowest usual norm so far.
+
+    Args:
+        norms: of the last steps up to `step`, before clipping; their median is what was usual among them.
+    """
+    check_finite(norms, step, "norm of the gradient")
+    largest = float(max(norms))
+    if largest > EXPLOSION * lowest:
+        say(
+            f"train: warning: the gradient explodes: norm {largest:.3g} near step {step}, {lowest:.3g} before: lower "
+            "train.learning_rate or raise train.warmup_fraction"
+        )
+    return min(lowest, float(torch.stack(norms).median()))
+
+
+def diverged(what: str, found: float, step: int) -> Stop:
     return Stop(
-        f"train: the {what} is {loss} at step {step}: lower train.learning_rate, raise train.warmup_fraction, "
+        f"train: the {what} is {found} at step {step}: lower train.learning_rate, raise train.warmup_fraction, "
         "or set train.precision to fp32"
     )

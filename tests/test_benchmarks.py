@@ -157,9 +157,11 @@ def test_markup_is_taken_off():
 
 
 def record(run: grid.Run, loss: float, perplexity: float = 20.0, error: str | None = None, jobs: int = 1) -> dict:
-    train = dict.fromkeys(("steps", "tokens", "tokens_per_second", "peak_memory_bytes", "frozen_base_bytes"), 10**9)
+    train = dict.fromkeys(("steps", "tokens", "frozen_base_bytes"), 10**9)
+    timings = dict.fromkeys(("tokens_per_second", "peak_memory_bytes"), 10**9)
     train |= {"best_validation_loss": loss, "trainable_parameters": 1234, "adapter_bytes": 5_000_000}
-    figures = {"train": train, "eval": {"tuned": {"perplexity": perplexity}, "base": {"perplexity": 99.0}}}
+    scores = {"tuned": {"perplexity": perplexity}, "base": {"perplexity": 99.0}}
+    figures = {"train": train, "train_timings": timings, "eval": scores}
     told = {"key": run.key, "name": run.name, "seed": run.seed, "error": error, "jobs": jobs, "seconds": 1.0}
     return told | ({} if error else figures)
 

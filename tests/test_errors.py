@@ -51,7 +51,7 @@ def workplace(tmp_path, monkeypatch, tiny_model, tiny_corpus):
         (folder / output).mkdir(parents=True)
         (folder / output / "earlier").write_text("output")
     (folder / "metrics").mkdir()
-    for name in ("train.json", "loss.csv", "eval.json"):
+    for name in ("train.json", "train_timings.json", "loss.csv", "eval.json"):
         (folder / "metrics" / name).write_text("earlier output")
     for key, value in {
         "preset": "local",
@@ -369,7 +369,7 @@ def full_disk(tmp_path, request):
     try:
         for name in ("folder", "metrics"):
             (disk / name).mkdir()
-            for file in ("earlier", "train.json", "loss.csv"):
+            for file in ("earlier", "train.json", "train_timings.json", "loss.csv"):
                 (disk / name / file).write_text("earlier output")
         (disk / "eval.json").write_text("earlier output")
         with pytest.raises(OSError, match="No space left"):

@@ -289,7 +289,8 @@ def test_every_number_in_the_metrics_is_finite(method):
         table = list(csv.DictReader(file))
     record = read(f"{method}/train.json")
     assert all(isinstance(name, str) for name in record.pop("adapted_modules"))  # the one list, which DVC leaves out
-    found = numbers(read(f"{method}/eval.json")) + numbers(record)
+    found = [number for part in ("eval", "train_timings") for number in numbers(read(f"{method}/{part}.json"))]
+    found += numbers(record)
     found += [float(cell) for row in table for cell in row.values()]
     assert len(found) > 20
     assert all(isinstance(number, int | float) and math.isfinite(number) for number in found)

@@ -17,7 +17,8 @@ import yaml
 from tiny import ROOT, run, set_param
 
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-METRICS = {"metrics/eval.json", "metrics/loss.csv", "metrics/positions.csv", "metrics/train.json"}
+NAMES = ("eval.json", "loss.csv", "positions.csv", "train.json", "train_timings.json")
+METRICS = {f"metrics/{name}" for name in NAMES}
 
 pytestmark = pytest.mark.timeout(300)
 
