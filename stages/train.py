@@ -3,17 +3,20 @@
 in   data/tokens, data/base, params.yaml: method, methods.<method>, lora.*, train.*, seed
 out  data/adapter: the adapter of lowest validation loss, or the whole model for method full
      metrics/train.json, metrics/loss.csv: what training took and how the loss fell
+     metrics/plots: loss by step and by tokens, learning rate and gradient norm as pictures
+     data/environment/train.json: what ran where, and how long
 """
 
 import csv
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from stages import params
+from stages import environment, params, plots
 from stages.command import say, stage, whole
 
 if TYPE_CHECKING:
@@ -34,6 +37,7 @@ class Plain:
 @click.option("--metrics", type=Path, default="metrics", show_default=True, help="Folder of train.json and loss.csv.")
 def main(tokens: Path, base: Path, out: Path, metrics: Path) -> None:
     """Train an adapter on the corpus and keep the best by validation loss."""
+    started = time.perf_counter()
     say("train: loading torch and transformers")
     import torch
 
@@ -75,6 +79,8 @@ def main(tokens: Path, base: Path, out: Path, metrics: Path) -> None:
     record = summary(network, history, place) | {"adapter_bytes": sum(file.stat().st_size for file in out.iterdir())}
     with whole(metrics / "train.json") as file:
         file.write_text(json.dumps(record, indent=2) + "\n")
+    plots.draw(plots.TRAINING, metrics / "loss.csv", metrics / "plots")
+    environment.write(out, "train", started, method=method, precision=str(dtype).removeprefix("torch."))
     report(history, record)
 
 
