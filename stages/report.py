@@ -81,7 +81,8 @@ def stages(records: dict[str, dict | None]) -> str:
         if record is None:
             rows.append([stage, "not recorded", "", ""])
         else:
-            place = record["gpu"] or f"{record['cpu']}, {counted(record['threads'] or record['cores'])}"
+            threads = record["threads"] or record["cores"]
+            place = record["gpu"] or f"{record['cpu']}, {threads} thread{'s' * (threads > 1)}"
             rows.append([stage, duration(record["seconds"]), escape(place), record.get("precision", "")])
     return table(["stage", "duration", "on", "precision"], rows)
 
