@@ -100,7 +100,7 @@ def read(name: str, revision: dict) -> Run | None:
     data = revision.get("data") or {}
     try:
         scores, training = (data["metrics"][f"metrics/{file}.json"]["data"] for file in ("eval", "train"))
-        params = data["params"]["params.yaml"]["data"]
+        (params,) = (file["data"] for file in data["params"].values())
         bits = f", {params['methods']['qlora']['bits']} bits" if params["method"] == "qlora" else ""
         return Run(
             name=name,
@@ -112,7 +112,7 @@ def read(name: str, revision: dict) -> Run | None:
             adapter=training["adapter_bytes"],
             trained=training["trainable_parameters"],
         )
-    except (KeyError, TypeError):  # a file is missing or could not be read: DVC puts an error in its place
+    except (KeyError, TypeError, ValueError):  # a file is missing or could not be read: DVC puts an error in its place
         return None
 
 
@@ -156,7 +156,8 @@ def draw(runs: list[Run], file: Path) -> None:
         if bases[-1] < 1.01 * bases[0]:  # one base, up to the rounding of its precisions
             axes.axhline(bases[0], color=plots.BASE, linestyle="--", label=f"base: {bases[0]:,.2f}")
         axes.yaxis.set_major_formatter("{x:,g}")
-        axes.set_xlim(0, 1.12 * max(memory) or 1)
+        right = max(memory) or 1
+        axes.set_xlim(-0.08 * right, 1.12 * right)  # the largest circle at 0 covers no number
         axes.set(xlabel="frozen base in memory (MB)", ylabel="perplexity (of tokens)")
         write_names(axes, runs, LINE / (height - FRAME))
         plots.legend(axes)
@@ -168,7 +169,7 @@ def write_names(axes: "Axes", runs: list[Run], gap: float) -> None:
     heights = [to_axes.transform((0, run.tuned))[1] for run in runs]  # rising
     for place in range(1, len(heights)):
         heights[place] = max(heights[place], heights[place - 1] + gap)
-    top = 1.0
+    top = 0.97
     for place in reversed(range(len(heights))):
         heights[place] = min(heights[place], top)
         top = heights[place] - gap
@@ -179,6 +180,7 @@ def write_names(axes: "Axes", runs: list[Run], gap: float) -> None:
             (1.03, height),
             textcoords="axes fraction",
             verticalalignment="center",
+            zorder=1,
             arrowprops={"arrowstyle": "-", "color": "#adb5bd", "linewidth": 0.7, "relpos": (0, 0.5)},
         )
 

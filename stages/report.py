@@ -58,7 +58,7 @@ def what_ran(records: dict[str, dict | None]) -> str:
             [f"Python {evaluate['python']}", *(f"{name} {evaluate['versions'][name]}" for name in SHOWN)]
         ),
     }
-    return table(["", ""], [[name, escape(value or "not known")] for name, value in rows.items()])
+    return "\n".join(f"- {name}: {escape(value or 'not known')}" for name, value in rows.items())
 
 
 def source(name: str | None, revision: str | None) -> str | None:
