@@ -35,7 +35,7 @@ def choose(text: str, tokenizer: "Tokenizer", context: int) -> Prompts:
     most = max(1, min(PROMPT, context // 2))
     encoded = (tokenizer.encode(piece[:CHARACTERS], add_special_tokens=False).ids[:most] for piece in pieces)
     found = [ids for ids in encoded if ids]
-    length = min(most, max(map(len, found)))
+    length = sorted(map(len, found), reverse=True)[:COUNT][-1]
     found = [ids[:length] for ids in found if len(ids) >= length]
     chosen = sorted({round(place * (len(found) - 1) / (COUNT - 1)) for place in range(COUNT)})
     return Prompts([found[place] for place in chosen], max(1, min(NEW, context - length)))

@@ -157,6 +157,8 @@ PICTURES = {
     ],
     "close": [a_run(f"rank-{n}", 21 + n / 1000, 497.8, n / 10) for n in range(1, 12)],
     "many": [a_run(f"number-{n}", 21 + n / 100, 500 - n % 4 * 70, 9.4) for n in range(40)],
+    "crowded below": [*(a_run(f"number-{n}", 21, 497.8, 9.4) for n in range(12)), a_run("far", 25, 202, 9.4)],
+    "crowded above": [*(a_run(f"number-{n}", 25, 497.8, 9.4) for n in range(12)), a_run("far", 21, 202, 9.4)],
     "long names": [a_run("x" * 60, 21, 497.8, 9.4), a_run("y" * 60, 21, 201, 9.4)],
     "other bases": [a_run("small", 21, 497.8, 9.4), a_run("large", 15, 3000, 30, 18)],
 }
@@ -170,7 +172,12 @@ def test_every_name_is_in_view_and_covers_no_other(name, tmp_path, monkeypatch):
         compare.draw(runs, tmp_path / "compare.png")
     (axes,) = seen
     test_plots.check_layout(axes)
-    assert len(axes.texts) == len(runs)
+    assert [text.xy for text in axes.texts] == [(run.frozen / 1e6, run.tuned) for run in runs]
+    # No circle covers the numbers of an axis.
+    circles = axes.collections[0]
+    radii = [size**0.5 / 2 * plots.DPI / 72 for size in circles.get_sizes()]
+    lefts = axes.transData.transform(circles.get_offsets())[:, 0] - radii
+    assert lefts.min() >= axes.bbox.x0
     with Image.open(tmp_path / "compare.png") as picture:
         assert picture.width == 800
 

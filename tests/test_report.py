@@ -198,13 +198,21 @@ def test_prompt_and_continuation_fit_into_the_context(context):
 
 
 @pytest.mark.parametrize(
-    ("text", "count"),
-    [("one", 1), ("one \n \n two \n", 2), ("first line\nsecond\nthird\nfourth line\n", 3), ("word " * 100_000, 1)],
+    ("text", "expected"),
+    [
+        ("one", ["one"]),
+        ("one \n \n one \n", ["one", "one"]),
+        ("the first line\nthe second\n\nthe\nthe fourth line\n", ["the", "the", "the"]),
+        ("the river " * 100_000, ["the river the river"]),
+    ],
 )
-def test_prompts_of_a_text_without_articles(text, count):
-    prompts = samples.choose(text, load_tokenizer(Path("data/base")), 64)
-    assert 1 <= len(prompts.ids) <= count
+def test_prompts_of_a_text_without_articles_are_beginnings_of_its_paragraphs(text, expected):
+    tokenizer = load_tokenizer(Path("data/base"))
+    prompts = samples.choose(text, tokenizer, 64)
     assert len(set(map(len, prompts.ids))) == 1
+    found = [tokenizer.decode(ids) for ids in prompts.ids]
+    assert len(found) == len(expected)
+    assert all(text.strip().startswith(beginning) for text, beginning in zip(found, expected, strict=True)), found
 
 
 def test_a_continuation_ends_where_its_text_does():
