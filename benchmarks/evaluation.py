@@ -38,7 +38,7 @@ class Run:
     type=click.Choice(params.PRECISIONS),
     default="auto",
     show_default=True,
-    help="Of ours; auto is bf16 on a GPU, fp32 on a CPU. The loop is fp32.",
+    help="Of ours; auto as in params.yaml. The loop is fp32.",
 )
 def main(folder: Path, text: Path, stride: int, count: int | None, batch_size: int | None, precision: str) -> None:
     """Measure our evaluation against the loop of transformers' documentation."""

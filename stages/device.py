@@ -16,9 +16,10 @@ def describe(device: torch.device) -> str:
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Return the type of the matrix products. "auto" is bf16 on a GPU only: few CPUs compute in it."""
+    """Return the type of the matrix products. "auto" is bf16 on GPUs, and on CPUs that have instructions for it."""
     if precision == "auto":
-        precision = "bf16" if device.type == "cuda" else "fp32"
+        native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+        precision = "bf16" if native else "fp32"
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 

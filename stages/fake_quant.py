@@ -73,8 +73,12 @@ class FakeQuantLinear(torch.nn.Linear):
         super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
         self.weight, self.bits = layer.weight, bits
 
+    def stored(self) -> torch.Tensor:
+        """Return what is stored of the weight, with the weight's gradient."""
+        return StraightThrough.apply(self.weight, self.bits)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, StraightThrough.apply(self.weight, self.bits))
+        return F.linear(x, self.stored())
 
 
 def save(tensors: dict[str, torch.Tensor], bits: int, folder: Path) -> None:

@@ -12,7 +12,7 @@ from stages import params
 from stages.command import Stop
 from stages.device import PRECISIONS, compute_dtype
 from stages.rows import Rows
-from stages.scoring import batch, nll_sum, score
+from stages.scoring import batch, check_head, nll_sum, score
 
 LOOK_EVERY = 10  # steps between reading the loss back from the device, which waits for it
 
@@ -84,6 +84,7 @@ def fit(model: torch.nn.Module, train: Rows, validation: Rows, options: Train, s
     rows_a_step = options.batch_size * options.accumulation_steps
     steps = options.epochs * math.ceil(len(train) / rows_a_step)
     set_dropout(model, options.base_dropout)
+    check_head(model)
 
     start_loss = score(model, validation, options.batch_size, dtype, "validation before training").loss
     history = History([], start_loss, {"validation_loss": math.inf}, 0, 0.0)

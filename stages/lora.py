@@ -5,6 +5,7 @@ or alpha / sqrt(r) with use_rslora (Kalajdzievski, 2023, arXiv:2312.03732). With
 learned lengths of its rows (Liu et al., 2024, arXiv:2402.09353).
 """
 
+import functools
 import json
 import re
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from stages import fake_quant, lora_init, params
+from stages import fake_quant, lora_init, low_rank, params
 from stages.command import Stop, need
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -94,6 +95,8 @@ def attach(model: PreTrainedModel, lora: Lora) -> torch.nn.Module:
         if lora.bits < 16:
             module.lora_A["default"] = fake_quant.FakeQuantLinear(module.lora_A["default"], lora.bits)
             module.lora_B["default"] = fake_quant.FakeQuantLinear(module.lora_B["default"], lora.bits)
+        if not lora.use_dora:
+            module.forward = functools.partial(low_rank.forward, module)
     return network
 
 

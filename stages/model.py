@@ -77,6 +77,13 @@ def check_width(name: str, width: int, place: torch.device) -> None:
         )
 
 
+def hold_frozen(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Hold what is frozen and not quantised in `dtype`, the type it is computed in, instead of casting it each time."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
 def load_published(weights: Path, config: Path) -> PreTrainedModel:
     """Load a folder's weights in fp32, on the CPU, with the configuration of the folder `config` as it stands."""
     need(config / "config.json", "base")

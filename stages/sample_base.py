@@ -18,6 +18,7 @@ TRAINING = Train(
     batch_size=8,
     accumulation_steps=1,
     learning_rate=4e-3,
+    lora_plus_ratio=1.0,
     warmup_fraction=0.05,
     weight_decay=0.01,
     clip_norm=1.0,

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from stages.command import Stop
+from stages.cross_entropy import IGNORED, LinearCrossEntropy
 from stages.rows import Rows
 
-IGNORED = -100
 CHUNK = 2048  # tokens whose logits are held at once while scoring
 
 
@@ -40,9 +41,36 @@ def batch(rows: Rows, places: np.ndarray, device: torch.device) -> tuple[torch.T
 
 def nll_sum(model: torch.nn.Module, inputs: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return the summed negative log-likelihood of the targets in nats, fp32, with gradients."""
-    with torch.autocast(inputs.device.type, dtype, enabled=dtype != torch.float32):
-        logits = model(input_ids=inputs, use_cache=False).logits
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    body, head = body_and_head(model)
+    with autocast(head, dtype):
+        states = body(input_ids=inputs, use_cache=False).last_hidden_state
+    return LinearCrossEntropy.apply(states.flatten(0, 1), head.weight, targets.flatten(), dtype)
+
+
+def autocast(head: torch.nn.Linear, dtype: torch.dtype) -> torch.autocast:
+    """Let layers compute in `dtype`; weights that are held in it need no casts."""
+    return torch.autocast(head.weight.device.type, dtype, enabled=dtype == torch.bfloat16 != head.weight.dtype)
+
+
+def body_and_head(model: torch.nn.Module) -> tuple[torch.nn.Module, torch.nn.Linear]:
+    """Return what makes states of tokens, adapters included, and the head that makes logits of states."""
+    network = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return network.base_model, network.get_output_embeddings()
+
+
+@torch.no_grad()
+def check_head(model: torch.nn.Module) -> None:
+    """Stop at a model that does more to its logits than its last layer does: a bias, a scale or a cap, say."""
+    body, head = body_and_head(model)
+    inputs = torch.arange(min(8, len(head.weight)), device=head.weight.device)[None]
+    was_training = model.training
+    model.eval()
+    whole = model(input_ids=inputs, use_cache=False).logits.float()
+    ours = body(input_ids=inputs, use_cache=False).last_hidden_state.to(head.weight.dtype) @ head.weight.T
+    model.train(was_training)
+    if (ours.float() - whole).abs().max() > 1e-3 * whole.abs().max():
+        name = type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
+        raise Stop(f"{name} does more to its logits than its last layer does: expected a model like GPT-2 or Llama")
 
 
 @torch.no_grad()
@@ -52,8 +80,8 @@ def score(model: torch.nn.Module, rows: Rows, batch_size: int, dtype: torch.dtyp
     The layers compute in `dtype`; logits in fp32, a chunk of tokens at a time; sums in fp64.
     """
     device = next(model.parameters()).device
-    language_model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    body, head = language_model.base_model, language_model.get_output_embeddings()
+    body, head = body_and_head(model)
+    weight = head.weight.float()
     nll = torch.zeros((), dtype=torch.float64, device=device)
     correct = torch.zeros((), dtype=torch.int64, device=device)
     was_training = model.training
@@ -61,11 +89,11 @@ def score(model: torch.nn.Module, rows: Rows, batch_size: int, dtype: torch.dtyp
     parts = np.split(np.arange(len(rows)), range(batch_size, len(rows), batch_size))
     for places in tqdm(parts, label, unit="batch", position=0, leave=False):
         inputs, targets = batch(rows, places, device)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with autocast(head, dtype):
             hidden = body(input_ids=inputs, use_cache=False).last_hidden_state
         scored = targets != IGNORED
         for states, wanted in zip(hidden[scored].split(CHUNK), targets[scored].split(CHUNK), strict=True):
-            logits = head(states.to(head.weight.dtype)).float()
+            logits = states.float() @ weight.T
             nll += F.cross_entropy(logits, wanted, reduction="none").double().sum()
             correct += (logits.argmax(-1) == wanted).sum()
     model.train(was_training)

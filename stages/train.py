@@ -65,6 +65,8 @@ def main(tokens: Path, base: Path, out: Path, metrics: Path) -> None:
         network = lora.attach(network, low_rank)
         floats = lora.linear_layers(model.load_base(base, None, dtype)) if low_rank.init == "loftq" else {}
         taken = lora_init.start(lora.adapted(network), low_rank.init, floats)
+        if not low_rank.use_dora:  # which computes norms of whole weights: that wants fp32
+            model.hold_frozen(network, dtype)
     history = loop.fit(network, rows.load(tokens, "train"), rows.load(tokens, "validation"), options, seed)
 
     with whole(out) as folder:

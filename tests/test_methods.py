@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from stages import expand, fake_quant, loop, lora, lora_init, model, scoring
+from stages import expand, fake_quant, loop, lora, lora_init, low_rank, model, scoring
 from stages.device import pick_device
 
 NF4 = model.Quantization(bits=4, quant_type="nf4", double_quant=True)
@@ -104,6 +104,52 @@ def test_a_layer_computes_w_x_plus_s_b_a_x(folder, use_rslora):
         assert (expected - without).abs().max() > 0.1 * expected.abs().max(), (
             f"the update of {name} is too small to see"
         )
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_update_s_gradients_are_those_of_its_formula(masked):
+    torch.manual_seed(0)
+    shapes = {"y": (5, 7), "x": (5, 6), "a": (3, 6), "b": (7, 3)}
+    tensors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes.values()]
+    mask = torch.rand(5, 6) < 0.5 if masked else None
+    y, x, a, b = tensors
+    expected = y + 1.5 * (x * (1 if mask is None else mask)) @ a.T @ b.T
+    torch.testing.assert_close(low_rank.LowRankUpdate.apply(*tensors, mask, 1.5), expected)
+    assert torch.autograd.gradcheck(lambda *parts: low_rank.LowRankUpdate.apply(*parts, mask, 1.5), tensors)
+
+
+@pytest.mark.parametrize("quantization", [None, NF4], ids=["float", "nf4"])
+def test_a_pass_is_that_of_peft(folder, quantization):
+    ours, _, _ = attach(folder, quantization)
+    theirs, _, _ = attach(folder, quantization)
+    for module in lora.adapted(theirs).values():
+        del module.forward  # the faster one, which stands before the class's
+    results = []
+    for network in (ours, theirs):
+        loop.set_dropout(network.train(), 0.0)
+        nll = scoring.nll_sum(network, IDS[:, :-1], IDS[:, 1:], torch.float32)
+        nll.backward()
+        results.append([nll.detach(), *(p.grad for p in network.parameters() if p.requires_grad)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
+
+
+def test_dropout_falls_on_the_update_alone_while_training_and_keeps_its_mean(folder):
+    network, _, _ = attach(folder, dropout=0.25)
+    name, module = next(iter(lora.adapted(network).items()))
+    x = torch.randn(2, 3, weight(module.base_layer).shape[1], device=IDS.device)
+    with torch.no_grad():
+        exact, base = module.eval()(x), module.base_layer(x)
+        assert torch.equal(module(x), exact), name
+        draws = torch.stack([module.train()(x) for _ in range(4000)])
+    assert (draws[0] != draws[1]).any()
+    deviation = draws.std(0) / math.sqrt(len(draws))
+    assert ((draws.mean(0) - exact).abs() < 6 * deviation + 1e-5).all()
+    # Of x_i with probability 3/4, over 3/4: variance x_i^2 / 3 for each input.
+    factor = 2 * module.lora_B["default"].weight @ module.lora_A["default"].weight
+    expected = ((x[..., None, :] * factor) ** 2 / 3).sum(-1).sqrt()
+    torch.testing.assert_close(draws.std(0), expected, rtol=0.1, atol=1e-4)
+    assert (exact - base).abs().max() > 1e-2
 
 
 def test_dora_scales_the_rows_of_the_sum_to_learned_lengths(folder):

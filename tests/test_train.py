@@ -10,7 +10,7 @@ import tiny
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from stages import loop, lora, model, rows, scoring
+from stages import device, loop, lora, model, rows, scoring
 from stages.command import Stop
 
 FP32 = torch.float32
@@ -147,7 +147,7 @@ def test_scoring_leaves_no_gradient_and_the_mode_as_it_was(lively):
 
 def test_scoring_keeps_nothing_for_gradients(lively):
     seen = []
-    lively.get_base_model().lm_head.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    lively.get_base_model().transformer.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
     scoring.score(lively, make_rows(LENGTHS), 4, FP32, "")
     assert seen
     assert not any(seen)
@@ -414,3 +414,36 @@ def test_bf16_trains_an_fp32_adapter(tiny_model):
     exact = loop.fit(adapted(tiny_model), train, train, options(epochs=4), seed=0)
     assert history.best["validation_loss"] == pytest.approx(exact.best["validation_loss"], rel=0.02)
     assert history.best["validation_loss"] != exact.best["validation_loss"]
+
+
+def test_auto_is_bf16_where_the_device_computes_in_it(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for native, expected in ((True, torch.bfloat16), (False, FP32)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native)
+        assert device.compute_dtype("auto", cpu) == expected
+        assert device.compute_dtype("auto", gpu) == torch.bfloat16
+        assert device.compute_dtype("fp32", cpu) == device.compute_dtype("fp32", gpu) == FP32
+        assert device.compute_dtype("bf16", cpu) == torch.bfloat16
+
+
+@pytest.mark.parametrize("quantization", [None, NF4], ids=["float", "nf4"])
+def test_a_base_held_in_bf16_gives_nearly_the_same_gradient(tiny_model, quantization):
+    split = make_rows(LENGTHS)
+    network = adapted(tiny_model, quantization)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(0, 0.02, generator=torch.Generator().manual_seed(0))
+    network.eval()
+    results = []
+    for dtype in (FP32, torch.bfloat16):
+        model.hold_frozen(network, dtype)
+        assert {value.dtype for value in frozen(network).values()} <= {dtype, torch.uint8}
+        assert {value.dtype for value in trained(network).values()} == {FP32}
+        nll = loop.accumulate(network, split, np.arange(len(split)), 4, dtype)
+        results.append((float(nll), torch.cat([p.grad.flatten() for p in network.parameters() if p.requires_grad])))
+        network.zero_grad()
+    (exact, expected), (near, found) = results
+    assert near == pytest.approx(exact, rel=1e-2)
+    assert near != exact
+    assert torch.cosine_similarity(expected, found, 0) > 0.99
