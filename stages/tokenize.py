@@ -2,9 +2,11 @@
 
 in   data/raw, data/base (tokenizer.json, config.json), params.yaml: tokenize.*
 out  data/tokens: {train,validation,test}.npy, {train,validation,test}.lengths.npy, manifest.json
+     data/environment/tokenize.json: what ran where, and how long
 """
 
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from stages import articles, params
+from stages import articles, environment, params
 from stages.command import Stop, need, say, stage, whole
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ class Tokenize:
 @click.option("--out", type=Path, default="data/tokens", show_default=True, help="Folder of the token arrays.")
 def main(raw: Path, base: Path, out: Path) -> None:
     """Encode the corpus once, into arrays that train and evaluate read."""
+    started = time.perf_counter()
     import numpy as np
 
     from stages import rows
@@ -82,6 +85,7 @@ def main(raw: Path, base: Path, out: Path) -> None:
             "splits": splits,
         }
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    environment.write(out, "tokenize", started)
 
 
 def choose_block_size(block_size: int | None, config: dict) -> int:
