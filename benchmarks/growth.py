@@ -2,8 +2,8 @@
 
     python -m benchmarks.growth [--steps N] [--out FOLDER]
 
-One setting changes at a time; the others stand as in `FIXED`. Each is measured by benchmarks/ours.py in a process of its
-own, on random weights and random tokens; a setting that does not fit in memory is said not to fit. Writes OUT/growth.md.
+One setting changes at a time; the others stand as in `FIXED`. Each is measured by benchmarks/ours.py in a process of
+its own, on random weights and tokens; what does not fit in memory is said not to fit. Writes OUT/growth.md.
 """
 
 from pathlib import Path
