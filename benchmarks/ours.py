@@ -29,6 +29,7 @@ from stages.command import Stop, stage  # noqa: E402
 @click.option("--batch-size", type=int, default=8, show_default=True, help="Rows of block_size tokens.")
 @click.option("--steps", type=click.IntRange(2), required=True, help="Train on so many batches, each once.")
 @click.option("--warmup", type=click.IntRange(1), default=1, show_default=True, help="Steps before the clock starts.")
+@click.option("--learning-rate", type=float, help="[default: params.yaml's]")
 @click.option("--dropout", type=float, help="Of the base and of LoRA.  [default: params.yaml's]")
 @click.option("--precision", type=click.Choice(params.PRECISIONS), help="[default: params.yaml's]")
 def main(
@@ -40,6 +41,7 @@ def main(
     batch_size: int,
     steps: int,
     warmup: int,
+    learning_rate: float | None,
     dropout: float | None,
     precision: str | None,
 ) -> None:
@@ -56,6 +58,8 @@ def main(
     low_rank = replace(low_rank, target_modules=names)
     if rank is not None:
         low_rank = replace(low_rank, r=rank, alpha=2 * rank)
+    if learning_rate is not None:
+        options = replace(options, learning_rate=learning_rate)
     if dropout is not None:
         options, low_rank = replace(options, base_dropout=dropout), replace(low_rank, dropout=dropout)
     if precision is not None:

@@ -73,6 +73,7 @@ def main():
     parser.add_argument("--steps", type=int, help="train on so many batches, each once; default: all of them")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--warmup", type=int, default=1, help="steps before the clock starts")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--dropout", type=float, help="both of the base and of LoRA; default: 0.1 (GPT-2's) and 0.05")
     parser.add_argument("--out", type=Path, help="save the trained model here")
     args = parser.parse_args()
@@ -110,7 +111,7 @@ def main():
             output_dir=args.out or tempfile.gettempdir(),
             per_device_train_batch_size=args.batch_size,
             num_train_epochs=args.epochs,
-            learning_rate=1e-3,
+            learning_rate=args.learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=0.05,
             optim="adamw_torch_fused",
