@@ -98,9 +98,9 @@ def main(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path) 
         figures.write_text(json.dumps(record, indent=2) + "\n")
     with whole(metrics / "train_timings.json") as times:
         times.write_text(json.dumps(timings, indent=2) + "\n")
-    kept.remove()
     plots.draw(plots.TRAINING, metrics / "loss.csv", metrics / "plots")
     environment.write(out, "train", started, method=method, precision=str(dtype).removeprefix("torch."))
+    kept.remove()
     report(history, record, timings)
 
 
