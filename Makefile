@@ -1,12 +1,13 @@
 # make demo: the whole pipeline on an embedded sample.  make test: lint and every test.
 # make test-kill: kills every stage 200 times at random moments.
+# make bench: training against transformers' Trainer, into benchmarks/out; an hour on a CPU, half of one on a GPU.
 # make gate: GPT-2's published figures on WikiText-2, from the hub; fails when one is off by more than 0.1.
 # All set up .venv first. PYTHON=python3.12 make demo takes another interpreter (3.11 or newer).
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test test-kill gate install clean
+.PHONY: demo test test-kill gate bench install clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -22,6 +23,9 @@ test-kill: $(INSTALLED)
 
 gate: $(INSTALLED)
 	@$(BIN)/python tools/gate.py
+
+bench: $(INSTALLED)
+	@$(BIN)/python -m benchmarks.train
 
 install: $(INSTALLED)
 	@echo "Activate the environment: . .venv/bin/activate"

@@ -64,18 +64,22 @@ def run_stage(name: str, folder: Path, shown: bool = False, **variables: str) ->
     Args:
         shown: let it print to this process's own output instead of to `folder`/log.txt.
     """
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.getenv("PYTHONPATH")]))}
     command = [sys.executable, "-m", f"stages.{name}"]
     with (folder / "log.txt").open("a+", encoding="utf-8", errors="replace") as log:
         output = None if shown else log
         done = subprocess.run(
-            command, cwd=folder, env=environment | variables, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+            command, cwd=folder, env=surroundings() | variables, stdin=subprocess.DEVNULL, stdout=output, stderr=output
         )
         if done.returncode == 0:
             return None
         log.seek(0)
         lines = [line.strip() for line in log if line.strip()]
     return f"{name}: {lines[-1]}" if lines and not shown else f"{name}: exit code {done.returncode}"
+
+
+def surroundings() -> dict[str, str]:
+    """Return this process's environment, in which Python finds the project from any folder."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.getenv("PYTHONPATH")]))}
 
 
 def fingerprint(path: Path) -> str:

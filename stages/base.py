@@ -2,15 +2,17 @@
 
 in   params.yaml: preset, presets.<preset>.model, .model_revision, seed
 out  data/base: config.json, tokenizer.json, *.safetensors
+     data/environment/base.json: what ran where, and how long
 """
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import click
 
-from stages import hub, params, sources
+from stages import environment, hub, params, sources
 from stages.command import Stop, say, stage, whole
 
 FILES = ("config.json", "generation_config.json", "tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json")
@@ -22,6 +24,7 @@ WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 @click.option("--out", type=Path, default="data/base", show_default=True, help="Folder of the base model.")
 def main(out: Path) -> None:
     """Fetch the base model and its tokenizer into data/base."""
+    started = time.perf_counter()
     name = params.chosen("preset", "presets")
     preset = params.section(f"presets.{name}", params.Preset)
     seed = params.seed()
@@ -42,6 +45,7 @@ def main(out: Path) -> None:
         check_weights(folder, preset.model)
         write_fast_tokenizer(folder, preset.model)
         size = check_vocabulary(folder, preset.model)
+    environment.write(out, "base", started, preset=name, model=preset.model, revision=preset.model_revision)
     say(f"base: {out} holds {preset.model}, {size:,} tokens in its vocabulary")
 
 

@@ -9,22 +9,27 @@ out  metrics/eval.json: for base and tuned, and as the change from one to the ot
          accuracy, top5_accuracy  share of predicted tokens that are the model's first choice, among its first five
      and predicted_tokens, words, bytes, windows: what these figures were counted on
      metrics/positions.csv: loss and accuracy by the place in the window
+     metrics/plots: the same as pictures
+     metrics/report.md: what ran, these figures, all pictures, continuations of three prompts
+     metrics/environment.json: what each stage ran on, and how long
 """
 
 import csv
 import json
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from stages import params
+from stages import environment, params, plots, report
 from stages.command import Stop, need, say, stage, whole
 
 if TYPE_CHECKING:
     from stages.likelihood import Likelihood
+    from stages.model import Quantization
     from stages.protocols import Task
     from stages.windows import Windows
 
@@ -57,37 +62,58 @@ class Evaluate:
 @click.option("--tokens", type=Path, default="data/tokens", show_default=True, help="Folder of the token arrays.")
 @click.option("--base", type=Path, default="data/base", show_default=True, help="Folder of the base model.")
 @click.option("--adapter", type=Path, default="data/adapter", show_default=True, help="Folder of the adapter.")
-@click.option("--out", type=Path, default="metrics/eval.json", show_default=True, help="File of the figures.")
+@click.option(
+    "--out",
+    type=Path,
+    default="metrics/eval.json",
+    show_default=True,
+    help="File of the figures; the rest lies beside it.",
+)
 @click.option(
     "--positions", type=Path, default="metrics/positions.csv", show_default=True, help="File of the figures by place."
 )
 def main(raw: Path, tokens: Path, base: Path, adapter: Path, out: Path, positions: Path) -> None:
     """Score the test split under the base model and under the tuned one."""
+    started = time.perf_counter()
     evaluate = params.section("evaluate", Evaluate)
     manifest = read_manifest(tokens)
     block_size = manifest["block_size"]
     stride = choose_stride(evaluate, block_size)
     task = lay_out(evaluate.protocol, stride, manifest, raw, tokens, base)
     say("evaluate: loading torch and transformers")
-    from stages import device, model
+    from stages import device, model, protocols, samples
     from stages.likelihood import likelihood
+    from stages.tokenize import load_tokenizer
 
     dtype = device.compute_dtype(evaluate.precision, device.pick_device())
-    found, scores = {}, {}
+    tokenizer = load_tokenizer(base)
+    prompts = samples.choose(protocols.read(raw), tokenizer, block_size)
+    found, scores, written = {}, {}, {}
     for name, load in (
         ("base", lambda: model.load_base(base, None, dtype)),
         ("tuned", lambda: model.load_tuned(base, adapter, dtype)),
     ):
         network = load()
         found[name] = likelihood(network, task.windows, evaluate.batch_size, dtype, f"test, {name}")
+        written[name] = samples.write(network, prompts, manifest["end_of_text_id"])
         del network
         scores[name] = figures(found[name], task)
         say(f"evaluate: {name:6} " + "  ".join(f"{figure} {value:.4f}" for figure, value in scores[name].items()))
         warn(name, scores[name])
     scores["change"] = {figure: scores["tuned"][figure] - scores["base"][figure] for figure in scores["base"]}
+    scores |= counts(task)
     with whole(positions) as table, whole(out) as file:
         write_positions(table, task.windows, found, block_size)
-        file.write_text(json.dumps(scores | counts(task), indent=2) + "\n")
+        file.write_text(json.dumps(scores, indent=2) + "\n")
+
+    plots.draw(plots.TEST, positions, out.parent / "plots")
+    texts = (map(tokenizer.decode, ids) for ids in (prompts.ids, written["base"], written["tuned"]))
+    makers = {"base": base, "prepare": raw, "tokenize": tokens, "train": adapter}
+    records = {stage: environment.read(made, stage) for stage, made in makers.items()}
+    facts = {"method": in_words(*model.load_method(adapter)), "scored": scored(evaluate.protocol, manifest, stride)}
+    records["evaluate"] = environment.describe(started, **facts, precision=str(dtype).removeprefix("torch."))
+    write_report(out.parent, scores, records, list(zip(*texts, strict=True)))
+    say(f"evaluate: {out.parent}/report.md shows it all")
 
 
 def read_manifest(tokens: Path) -> dict:
@@ -185,6 +211,33 @@ def write_positions(file: Path, windows: "Windows", found: "dict[str, Likelihood
             first = -(-int(bucket) * block_size // buckets) + 1
             means = [float(values[bucket] / tokens[bucket]) for values in sums.values()]
             table.writerow([first, int(tokens[bucket]), *means])
+
+
+def in_words(method: str, quantization: "Quantization | None") -> str:
+    if quantization is None:
+        return method
+    double = ", its scales quantised too" if quantization.double_quant else ""
+    kind = f" ({quantization.quant_type}{double})" if quantization.bits == 4 else ""
+    return f"{method}, on a base of {quantization.bits} bits{kind}"
+
+
+def scored(protocol: str, manifest: dict, stride: int) -> str:
+    windows = f"{protocol}, in windows of {manifest['block_size']:,} tokens"
+    if protocol == "lm-eval":
+        return windows
+    if protocol == "native" and manifest["layout"] == "padded":
+        return f"{protocol}, each paragraph by itself, of at most {manifest['block_size']:,} tokens"
+    return f"{windows}, {stride:,} apart"
+
+
+def write_report(folder: Path, scores: dict, records: dict[str, dict | None], texts: list[tuple[str, ...]]) -> None:
+    """Write environment.json and report.md, which shows what pictures `train` left and those of evaluate itself."""
+    with whole(folder / "environment.json") as file:
+        file.write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
+    names = [Path("plots") / plot.file for plot in (*plots.TEST, *plots.TRAINING)]
+    pictures = [name for name in names if (folder / name).is_file()]
+    with whole(folder / "report.md") as file:
+        file.write_text(report.render(scores, records, texts, pictures), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,15 +2,17 @@
 
 in   params.yaml: preset, presets.<preset>.dataset, .dataset_config, .dataset_revision, prepare.*, seed
 out  data/raw/{train,validation,test}.txt, UTF-8
+     data/environment/prepare.json: what ran where, and how long
 """
 
 import random
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
-from stages import articles, docstrings, hub, params, sources
+from stages import articles, docstrings, environment, hub, params, sources
 from stages.command import Stop, say, stage, whole
 
 NAMES = {
@@ -40,6 +42,7 @@ class Prepare:
 @click.option("--out", type=Path, default="data/raw", show_default=True, help="Folder of the three text files.")
 def main(out: Path) -> None:
     """Fetch the corpus and split it into train, validation and test."""
+    started = time.perf_counter()
     name = params.chosen("preset", "presets")
     preset = params.section(f"presets.{name}", params.Preset)
     prepare = params.section("prepare", Prepare)
@@ -63,6 +66,7 @@ def main(out: Path) -> None:
                 raise Stop(f"{preset.dataset}: the {split} split is empty")
             (folder / f"{split}.txt").write_bytes(text.encode())
             say(f"prepare: {split:10} {len(text):>12,} characters, {len(articles.split(text)):>7,} articles")
+    environment.write(out, "prepare", started, dataset=preset.dataset, revision=preset.dataset_revision)
 
 
 def line(row: str) -> str:

@@ -5,6 +5,7 @@ A row is `block_size + 1` token ids: its first `block_size` are the inputs, its 
 its id: GPT-2 has no padding token, so padding is <|endoftext|>, which is also a real token elsewhere.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +57,19 @@ def pack(stream: np.ndarray, block_size: int, pad: int) -> Rows:
     return Rows(ids, lengths)
 
 
+def pack_pieces(pieces: Iterable[np.ndarray], block_size: int, pad: int) -> Iterator[Rows]:
+    """Yield the rows that `pack` makes of the pieces joined, as soon as they are full; the last one when all are."""
+    rest = None
+    for piece in pieces:
+        rest = piece if rest is None else np.concatenate((rest, piece))
+        edge = max(0, len(rest) - 1) // block_size * block_size
+        if edge:
+            yield pack(rest[: edge + 1], block_size, pad)
+            rest = rest[edge:]
+    if rest is not None and len(rest) > 1:
+        yield pack(rest, block_size, pad)
+
+
 def pad_each(texts: list[np.ndarray], block_size: int, pad: int) -> Rows:
     """Give each text a row of its own: cut to `block_size + 1` ids or padded up to it."""
     ids = np.full((len(texts), block_size + 1), pad, dtype=texts[0].dtype if texts else np.uint16)
@@ -68,6 +82,21 @@ def pad_each(texts: list[np.ndarray], block_size: int, pad: int) -> Rows:
 def save(rows: Rows, folder: Path, split: str) -> None:
     np.save(folder / f"{split}.npy", rows.ids)
     np.save(folder / f"{split}.lengths.npy", rows.lengths)
+
+
+def save_parts(parts: Iterable[Rows], width: int, dtype: type, folder: Path, split: str) -> None:
+    """Write the files that `save` writes of the parts joined, (rows, width), one part in memory at a time."""
+    layout = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False}
+    lengths = [np.empty(0, np.int32)]
+    with (folder / f"{split}.npy").open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, layout | {"shape": (0, width)})
+        for part in parts:
+            file.write(np.ascontiguousarray(part.ids, dtype))
+            lengths.append(part.lengths)
+        counts = np.concatenate(lengths)
+        file.seek(0)  # NumPy leaves room in its header for the number of rows to grow
+        np.lib.format.write_array_header_1_0(file, layout | {"shape": (len(counts), width)})
+    np.save(folder / f"{split}.lengths.npy", counts)
 
 
 def load(folder: Path, split: str) -> Rows:

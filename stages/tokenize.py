@@ -2,25 +2,32 @@
 
 in   data/raw, data/base (tokenizer.json, config.json), params.yaml: tokenize.*
 out  data/tokens: {train,validation,test}.npy, {train,validation,test}.lengths.npy, manifest.json
+     data/environment/tokenize.json: what ran where, and how long
 """
 
+import itertools
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from stages import articles, params
+from stages import articles, environment, params
 from stages.command import Stop, need, say, stage, whole
 
 if TYPE_CHECKING:
     import numpy as np
     from tokenizers import Tokenizer
 
+    from stages.rows import Rows
+
 LAYOUTS = ("packed", "padded")
-BATCH_CHARACTERS = 1_000_000  # encoded at once, by all cores: bounds the memory
+# Bounds of the memory: what is encoded at once, by all cores, and the longest text that is not encoded in pieces.
+BATCH_CHARACTERS = 1_000_000
+PIECE_CHARACTERS = 100_000
 
 
 @dataclass
@@ -40,8 +47,7 @@ class Tokenize:
 @click.option("--out", type=Path, default="data/tokens", show_default=True, help="Folder of the token arrays.")
 def main(raw: Path, base: Path, out: Path) -> None:
     """Encode the corpus once, into arrays that train and evaluate read."""
-    import numpy as np
-
+    started = time.perf_counter()
     from stages import rows
 
     tokenize = params.section("tokenize", Tokenize)
@@ -55,33 +61,29 @@ def main(raw: Path, base: Path, out: Path) -> None:
     with whole(out) as folder:
         folder.mkdir()
         for split in rows.SPLITS:
-            text = need(raw / f"{split}.txt", "prepare").read_bytes().decode("utf-8")
+            text, counts = need(raw / f"{split}.txt", "prepare"), {"texts": 0, "tokens": 0}
             if tokenize.layout == "packed":
-                texts = list(encode(tokenizer, articles.split(text), dtype))
-                arrays = rows.pack(join(texts, end, dtype), block_size, end)
+                stream = packed(tokenizer, articles.starts(read(text, PIECE_CHARACTERS)), end, dtype, counts)
+                parts = rows.pack_pieces(stream, block_size, end)
             else:
-                texts = [np.append(ids, dtype(end)) for ids in encode(tokenizer, paragraphs(text), dtype)]
-                arrays = rows.pad_each(texts, block_size, end)
+                parts = padded(tokenizer, read(text), block_size, end, dtype, counts)
+            rows.save_parts(parts, block_size + 1, dtype, folder, split)
+            arrays = rows.load(folder, split)
             if len(arrays) == 0:
                 raise Stop(f"{raw}/{split}.txt: the {split} split is empty: it has no token to predict")
-            rows.save(arrays, folder, split)
-            splits[split] = {
-                "texts": len(texts),
-                "tokens": sum(map(len, texts)),
-                "rows": len(arrays),
-                "predicted_tokens": arrays.targets,
-            }
-            counts = "  ".join(f"{count:>11,} {name}" for name, count in splits[split].items())
-            say(f"tokenize: {split:10} {counts}".replace("_", " "))
+            splits[split] = counts | {"rows": len(arrays), "predicted_tokens": arrays.targets}
+            told = "  ".join(f"{count:>11,} {name}" for name, count in splits[split].items())
+            say(f"tokenize: {split:10} {told}".replace("_", " "))
         manifest = {
             "layout": tokenize.layout,
             "block_size": block_size,
-            "dtype": np.dtype(dtype).name,
+            "dtype": dtype.__name__,
             "vocabulary_size": tokenizer.get_vocab_size(),
             "end_of_text_id": end,
             "splits": splits,
         }
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    environment.write(out, "tokenize", started)
 
 
 def choose_block_size(block_size: int | None, config: dict) -> int:
@@ -119,30 +121,106 @@ def end_of_text(base: Path, config: dict, tokenizer: "Tokenizer") -> int:
     return end
 
 
-def encode(tokenizer: "Tokenizer", texts: list[str], dtype: type) -> "Iterator[np.ndarray]":
-    """Yield the ids of each text as a (tokens,) array, a bounded number of characters at a time."""
-    import numpy as np
+def read(path: Path, longest: int = -1) -> Iterator[str]:
+    """Yield a file's lines, every byte of them; a line of more than `longest` characters comes in parts."""
     from tqdm import tqdm
 
-    with tqdm(total=sum(map(len, texts)), unit="char", unit_scale=True, desc="tokenize", leave=False) as bar:
-        batch: list[str] = []
-        for place, text in enumerate(texts, start=1):
-            batch.append(text)
-            characters = sum(map(len, batch))
-            if characters >= BATCH_CHARACTERS or place == len(texts):
-                for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
-                    yield np.array(encoding.ids, dtype=dtype)
-                bar.update(characters)
-                batch = []
+    size = path.stat().st_size
+    with (
+        path.open(encoding="utf-8", newline="\n") as file,
+        tqdm(total=size, unit="B", unit_scale=True, desc=f"tokenize {path.stem}", leave=False) as bar,
+    ):
+        while line := file.readline(longest):
+            bar.update(file.buffer.tell() - bar.n)
+            yield line
 
 
-def join(texts: "list[np.ndarray]", end: int, dtype: type) -> "np.ndarray":
-    """Return one stream of ids, the texts separated by the end-of-text id."""
+def packed(
+    tokenizer: "Tokenizer", marked: Iterable[tuple[bool, str]], end: int, dtype: type, counts: dict[str, int]
+) -> "Iterator[np.ndarray]":
+    """Yield one stream of ids in pieces, the articles separated by the end-of-text id; count texts and tokens.
+
+    Args:
+        marked: lines, each with whether an article begins there.
+    """
     import numpy as np
 
-    separator = np.array([end], dtype=dtype)
-    pieces = [piece for ids in texts for piece in (ids, separator)][:-1]
-    return np.concatenate(pieces) if pieces else np.empty(0, dtype)
+    begins: list[bool] = []  # of the pieces that `encode` has taken and not yet given back
+
+    def texts() -> Iterator[str]:
+        for begin, text in pieces(tokenizer, marked):
+            begins.append(begin)
+            yield text
+
+    for ids in encode(tokenizer, texts(), dtype):
+        if begins.pop(0):
+            if counts["texts"]:
+                yield np.array([end], dtype=dtype)
+            counts["texts"] += 1
+        counts["tokens"] += len(ids)
+        yield ids
+
+
+def pieces(tokenizer: "Tokenizer", marked: Iterable[tuple[bool, str]]) -> Iterator[tuple[bool, str]]:
+    """Yield the articles, each with whether it begins there: long ones come in several pieces."""
+    begins, held, lines, size = True, [], [], 0
+    for starts, line in marked:
+        if starts:
+            yield begins, "".join(held + lines)
+            begins, held, lines, size = True, [], [], 0
+        lines.append(line)
+        size += len(line)
+        if size >= PIECE_CHARACTERS:
+            text = "".join(lines)
+            if place := cut(tokenizer, text):
+                yield begins, "".join([*held, text[:place]])
+                begins, held = False, []
+            held.append(text[place:])
+            lines, size = [], 0
+    if held or lines:
+        yield begins, "".join(held + lines)
+
+
+def cut(tokenizer: "Tokenizer", text: str) -> int:
+    """Return the last place before white space where text can be cut and still be encoded alike, or 0."""
+    words = text.rsplit(None, 2)
+    place = len(words[0]) if len(words) == 3 else 0
+    around = text[max(0, place - 100) : place], text[place : place + 100]
+    apart = [token for part in around for token in tokenizer.encode(part, add_special_tokens=False).ids]
+    return place if tokenizer.encode("".join(around), add_special_tokens=False).ids == apart else 0
+
+
+def padded(
+    tokenizer: "Tokenizer", lines: Iterable[str], block_size: int, end: int, dtype: type, counts: dict[str, int]
+) -> "Iterator[Rows]":
+    """Yield the rows of all paragraphs, each ended by the end-of-text id, some at a time; count texts and tokens."""
+    import numpy as np
+
+    from stages import rows
+
+    encoded = encode(tokenizer, (text for line in lines for text in paragraphs(line)), dtype)
+    while texts := [np.append(ids, dtype(end)) for ids in itertools.islice(encoded, 1000)]:
+        counts["texts"] += len(texts)
+        counts["tokens"] += sum(map(len, texts))
+        yield rows.pad_each(texts, block_size, end)
+
+
+def encode(tokenizer: "Tokenizer", texts: Iterable[str], dtype: type) -> "Iterator[np.ndarray]":
+    """Yield the ids of each text as a (tokens,) array, a bounded number of characters at a time."""
+    import numpy as np
+
+    texts = iter(texts)
+    while batch := list(take(texts, BATCH_CHARACTERS)):
+        for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
+            yield np.array(encoding.ids, dtype=dtype)
+
+
+def take(texts: Iterator[str], characters: int) -> Iterator[str]:
+    """Yield texts until they hold so many characters together, or there are no more."""
+    size = 0
+    while size < characters and (text := next(texts, None)) is not None:
+        size += len(text)
+        yield text
 
 
 def paragraphs(text: str) -> list[str]:

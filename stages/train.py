@@ -4,19 +4,22 @@ in   data/tokens, data/base, params.yaml: method, methods.<method>, lora.*, trai
 out  data/adapter: the adapter of lowest validation loss, or the whole model for method full
      metrics/train.json, metrics/loss.csv: what was trained and how the loss fell
      metrics/train_timings.json: seconds, tokens per second and memory, which no other run reproduces
+     metrics/plots: loss by step and by tokens, learning rate and gradient norm as pictures
+     data/environment/train.json: what ran where, and how long
      data/.checkpoints: until it succeeds, where a run that was killed goes on from
 """
 
 import csv
 import json
 import sys
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from stages import params
+from stages import environment, params, plots
 from stages.command import say, stage, whole
 
 if TYPE_CHECKING:
@@ -45,6 +48,7 @@ class Plain:
 )
 def main(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path) -> None:
     """Train an adapter on the corpus and keep the best by validation loss."""
+    started = time.perf_counter()
     say("train: loading torch and transformers")
     import torch
 
@@ -81,8 +85,7 @@ def main(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path) 
     if history is None:
         raise memory.too_large(network, split, options, dtype)
 
-    record = summary(network, history)
-    timings = speed(history, device.peak_memory(place))
+    record, timings = summary(network, history), speed(history, device.peak_memory(place))
     with (
         whole(metrics / "loss.csv") as table,
         whole(metrics / "train_timings.json") as times,
@@ -96,9 +99,11 @@ def main(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path) 
             lora.save(network, low_rank, taken, folder)
         model.save_method(folder, method, quantization)
         write_csv(table, history.rows)
-        times.write_text(json.dumps(timings, indent=2) + "\n")
         record["adapter_bytes"] = sum(file.stat().st_size for file in folder.iterdir())
         figures.write_text(json.dumps(record, indent=2) + "\n")
+        times.write_text(json.dumps(timings, indent=2) + "\n")
+    plots.draw(plots.TRAINING, metrics / "loss.csv", metrics / "plots")
+    environment.write(out, "train", started, method=method, precision=str(dtype).removeprefix("torch."))
     kept.remove()
     report(history, record, timings)
 

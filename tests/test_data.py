@@ -4,15 +4,19 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 from click.testing import CliRunner
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from stages import articles, base, docstrings, prepare, rows, tokenize
 from stages.command import Stop
@@ -278,6 +282,28 @@ def test_ids_take_two_bytes_while_they_fit():
     assert [rows.id_type(size) for size in (300, 50_257, 65_536, 65_537)] == [np.uint16] * 3 + [np.uint32]
 
 
+@given(wikitext)
+@example("text \n \n = A = \n \n = A = \n \n")  # one blank line does not serve two titles
+def test_articles_start_where_a_text_read_line_by_line_is_split(text):
+    found = []
+    for starts, line in articles.starts(re.findall(r".*\n|.+", text)):
+        if starts or not found:
+            found.append("")
+        found[-1] += line
+    assert found == articles.split(text)
+
+
+@given(streams, st.integers(1, 30), st.integers(1, 40), st.booleans())
+def test_rows_packed_and_saved_piece_by_piece_are_the_same_bytes(tmp_path_factory, stream, block_size, size, wide):
+    folder, dtype = tmp_path_factory.mktemp("rows"), np.uint32 if wide else np.uint16
+    stream = stream.astype(dtype)
+    rows.save(rows.pack(stream, block_size, PAD), folder, "whole")
+    pieces = (stream[start : start + size] for start in range(0, len(stream), size))
+    rows.save_parts(rows.pack_pieces(pieces, block_size, PAD), block_size + 1, dtype, folder, "parts")
+    for kind in ("", ".lengths"):
+        assert (folder / f"parts{kind}.npy").read_bytes() == (folder / f"whole{kind}.npy").read_bytes()
+
+
 # The tokenize stage
 
 
@@ -375,6 +401,48 @@ def test_wikitext2_comes_out_of_prepare_byte_for_byte(workplace):
     written = {split: (workplace / "raw" / f"{split}.txt").read_bytes() for split in rows.SPLITS}
     assert {split: hashlib.sha256(data).hexdigest() for split, data in written.items()} == DIGESTS
     assert {split: len(articles.split(data.decode())) for split, data in written.items()} == ARTICLES
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_long_texts_are_encoded_alike_in_pieces_of_any_size(layout, workplace, tiny_model, tiny_corpus, monkeypatch):
+    expected = tokens(workplace, layout, 20, tiny_model)
+    written = {file.name: file.read_bytes() for file in (workplace / "tokens").iterdir()}
+    found = []
+    monkeypatch.setattr(tokenize, "PIECE_CHARACTERS", 90)
+    monkeypatch.setattr(
+        tokenize, "cut", lambda *arguments, cut=tokenize.cut: found.append(cut(*arguments)) or found[-1]
+    )
+    assert tokens(workplace, layout, 20, tiny_model) == expected
+    assert {file.name: file.read_bytes() for file in (workplace / "tokens").iterdir()} == written
+    assert len(list(filter(None, found))) > 40 or layout == "padded", "articles were cut"
+
+
+def test_a_text_is_cut_only_where_it_is_encoded_alike(tiny_tokenizer):
+    text = "the river reached  the quiet \n \n valley"
+    place = tokenize.cut(tiny_tokenizer, text)
+    assert text[place:] == " \n \n valley" or text[place:] == " quiet \n \n valley"
+    assert tokenize.cut(tiny_tokenizer, "word" * 100) == 0
+    apart = Tokenizer(WordLevel({"a b c": 0, "?": 1}, unk_token="?"))  # whose tokens reach over white space
+    assert tokenize.cut(apart, "a b c") == 0
+
+
+def test_memory_does_not_grow_with_the_text(tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenize, "PIECE_CHARACTERS", 2_000)
+    monkeypatch.setattr(tokenize, "BATCH_CHARACTERS", 10_000)
+
+    def peak(lines: int) -> int:
+        counts = {"texts": 0, "tokens": 0}
+        text = ((False, " the river reached the quiet valley \n") for _ in range(lines))
+        tracemalloc.start()
+        stream = tokenize.packed(tiny_tokenizer, text, 0, np.uint16, counts)
+        held = sum(len(part) for part in rows.pack_pieces(stream, 50, 0))
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert held == -(-(counts["tokens"] - 1) // 50)
+        return found
+
+    short = peak(1_000)
+    assert peak(8_000) < 1.2 * short
 
 
 @needs_wikitext2

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import io
 import json
+import math
 import re
 import shutil
 import time
@@ -18,7 +19,8 @@ from tiny import ROOT, run, set_param
 
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
 NAMES = ("eval.json", "loss.csv", "positions.csv", "train.json", "train_timings.json")
-METRICS = {f"metrics/{name}" for name in NAMES}
+PLOTS = ("accuracy_by_position", "gradient_norm", "learning_rate", "loss_by_position", "loss_by_step", "loss_by_tokens")
+METRICS = {*(f"metrics/{name}" for name in NAMES), *(f"metrics/plots/{name}.png" for name in PLOTS)}
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -330,12 +332,15 @@ def experiments(project: Path) -> dict[str, dict[str, str]]:
 def test_an_experiment_in_the_workspace(finished):
     output = run(finished, "dvc", "exp", "run", "--name", "quantised", "-S", "method=qlora")
     assert stages_run(output) == ["train", "evaluate"]
-    assert changed_files(finished) == {"params.yaml", "dvc.lock", *METRICS}
+    changed = {"params.yaml", "dvc.lock", *METRICS} - {"metrics/plots/learning_rate.png"}  # drawn again, the same
+    assert changed_files(finished) == changed
 
     changes = json.loads(run(finished, "dvc", "metrics", "diff", "--json"))
     bytes_held = changes["metrics/train.json"]["frozen_base_bytes"]
     assert bytes_held["new"] < bytes_held["old"]
     assert changes["metrics/eval.json"]["tuned.loss"]["diff"] != 0
+    rows = [row for file in changes.values() for row in file.values()]
+    assert all(math.isfinite(number) for row in rows for number in row.values())
 
     table = experiments(finished)
     assert table["quantised"]["method"] == "qlora"
@@ -346,7 +351,8 @@ def test_an_experiment_in_the_workspace(finished):
     page = (finished / "dvc_plots/index.html").read_text(encoding="utf-8")
     assert "Loss while training" in page
     assert "validation_loss" in page
-    assert changed_files(finished) == {"params.yaml", "dvc.lock", *METRICS}
+    assert "metrics_plots_loss_by_position.png" in page  # shown without a network, too
+    assert changed_files(finished) == changed
 
 
 def test_an_experiment_in_a_temporary_folder(finished):
@@ -354,6 +360,15 @@ def test_an_experiment_in_a_temporary_folder(finished):
     assert stages_run(output) == ["train", "evaluate"]
     assert changed_files(finished) == set()
     assert float(experiments(finished)["apart"]["train.learning_rate"]) == 5e-5
+
+    # Its report comes with it, and the records of the stages that it did not run are those of the first run.
+    before = json.loads((finished / "metrics/environment.json").read_text(encoding="utf-8"))
+    run(finished, "dvc", "exp", "apply", "apart")
+    after = json.loads((finished / "metrics/environment.json").read_text(encoding="utf-8"))
+    same = {stage for stage in after if after[stage] == before[stage]}
+    assert same == {"base", "prepare", "tokenize"}
+    loss = json.loads((finished / "metrics/eval.json").read_text(encoding="utf-8"))["tuned"]["loss"]
+    assert f"| {loss:.4f} |" in (finished / "metrics/report.md").read_text(encoding="utf-8")
 
 
 def test_queued_experiments(finished):

@@ -1,0 +1,40 @@
+"""The device's matrix product, the ceiling of any training on it: bf16 on a GPU, fp32 on a CPU. Prints JSON."""
+
+import json
+import time
+
+import click
+import torch
+
+from stages import device
+
+SECONDS = 2.0  # measured for, after as long a warm-up
+SIZES = {"cuda": 8192, "cpu": 2048}
+
+
+@click.command()
+def main() -> None:
+    """Measure square matrix products of normal random numbers (zeros would be faster: they use less power)."""
+    place = device.pick_device()
+    dtype = device.compute_dtype("auto", place)
+    size = SIZES[place.type]
+    left, right = (torch.randn(size, size, dtype=dtype, device=place) for _ in range(2))
+    for _ in range(2):
+        products, started = 0, time.perf_counter()
+        while time.perf_counter() - started < SECONDS:
+            left @ right
+            products += 1
+            if place.type == "cuda":
+                torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+    record = {
+        "device": place.type,
+        "name": device.describe(place),
+        "precision": str(dtype).removeprefix("torch."),
+        "tflops": 2 * size**3 * products / seconds / 1e12,
+    }
+    click.echo(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""How the cost of training grows: tokens a second and peak memory against rank, batch, block and model size.
+
+    python -m benchmarks.growth [--steps N] [--out FOLDER]
+
+One setting changes at a time; the others stand as in `FIXED`. Each is measured by benchmarks/ours.py in a process of
+its own, on random weights and tokens; what does not fit in memory is said not to fit. Writes OUT/growth.md.
+"""
+
+from pathlib import Path
+
+import click
+
+from benchmarks import random_inputs, workspace
+from benchmarks.train import run
+from stages.command import Stop, say, stage, whole
+
+FIXED = {
+    "cuda": {"size": "124M", "block size": 1024, "batch": 8, "rank": 16},
+    "cpu": {"size": "tiny", "block size": 128, "batch": 8, "rank": 16},
+}
+CHANGED = {
+    "cuda": {
+        "rank": (4, 16, 64, 256),
+        "batch": (1, 2, 8, 32, 64),
+        "block size": (128, 256, 512, 1024),
+        "size": ("124M", "355M", "774M"),
+    },
+    "cpu": {"rank": (4, 16, 64), "batch": (1, 2, 8, 32), "block size": (32, 64, 128), "size": ("tiny", "124M")},
+}
+
+
+@stage
+@click.option("--steps", type=click.IntRange(2), help="[default: 40 on a GPU, 20 on a CPU]")
+@click.option("--out", type=Path, default="benchmarks/out", show_default=True, help="Folder of growth.md.")
+def main(steps: int | None, out: Path) -> None:
+    """Measure how the cost of training grows, with LoRA on all linear layers."""
+    device = run("benchmarks.ceiling")["device"]
+    steps = steps or {"cuda": 40, "cpu": 20}[device]
+    fixed, lines = FIXED[device], ["| changed | to | tokens/s | peak memory, GB |", "|---|---|---|---|"]
+    for name, values in CHANGED[device].items():
+        for value in values:
+            setting = fixed | {name: value}
+            try:
+                found = measure(out.resolve() / "work", steps, setting)
+                cells = f"{found['tokens_per_second']:,.0f} | {found['peak_memory_bytes'] / 1e9:.2f}"
+            except Stop as error:
+                if "out of memory" not in error.message:
+                    raise
+                cells = "does not fit | "
+            lines.append(f"| {name} | {value} | {cells} |")
+            say(lines[-1])
+    unchanged = ", ".join(f"{name} {value}" for name, value in fixed.items())
+    conditions = [f"- unchanged: {unchanged}", *(f"- {name}: {text}" for name, text in workspace.environment().items())]
+    with whole(out / "growth.md") as file:
+        file.write_text("\n".join([*lines, "", *conditions]) + "\n", encoding="utf-8")
+
+
+def measure(work: Path, steps: int, setting: dict) -> dict:
+    model = random_inputs.model(work, setting["size"])
+    tokens = random_inputs.tokens(work, model, setting["block size"], steps * setting["batch"])
+    options = {"model": model, "tokens": tokens, "rank": setting["rank"], "batch-size": setting["batch"]}
+    return run("benchmarks.ours", options | {"steps": steps, "warmup": steps // 4})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Models of random weights and rows of random tokens: speed and memory depend on their sizes alone."""
+
+import json
+from pathlib import Path
+
+from stages.command import whole
+
+# layers, width, heads, positions, vocabulary: GPT-2's own (Radford et al., 2019), and that of the embedded sample
+SIZES = {
+    "tiny": (4, 128, 4, 128, 2048),
+    "124M": (12, 768, 12, 1024, 50257),
+    "355M": (24, 1024, 16, 1024, 50257),
+    "774M": (36, 1280, 20, 1024, 50257),
+}
+
+
+def model(folder: Path, size: str) -> Path:
+    """Return the folder of a model of that size below `folder`, written on first use."""
+    target = folder / f"gpt2-{size}"
+    if not target.exists():
+        import torch
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        layers, width, heads, positions, vocabulary = SIZES[size]
+        torch.manual_seed(0)
+        config = GPT2Config(vocab_size=vocabulary, n_positions=positions, n_layer=layers, n_embd=width, n_head=heads)
+        config.bos_token_id = config.eos_token_id = vocabulary - 1
+        with whole(target) as new:
+            GPT2LMHeadModel(config).save_pretrained(new)
+    return target
+
+
+def tokens(folder: Path, base: Path, block_size: int, count: int) -> Path:
+    """Return a folder of token arrays for the model `base`: `count` rows to train on, and 10 % to validate."""
+    import numpy as np
+
+    from stages import rows
+
+    vocabulary = json.loads((base / "config.json").read_text())["vocab_size"]
+    target = folder / f"tokens-{vocabulary}-{block_size}-{count}"
+    if not target.exists():
+        random, dtype = np.random.default_rng(0), rows.id_type(vocabulary)
+        with whole(target) as new:
+            new.mkdir()
+            for split, number in (("train", count), ("validation", -(-count // 10))):
+                ids = random.integers(0, vocabulary, (number, block_size + 1)).astype(dtype)
+                rows.save(rows.Rows(ids, np.full(number, block_size + 1, np.int32)), new, split)
+    return target
