@@ -1,4 +1,5 @@
 # make demo: the whole pipeline on an embedded sample.  make test: lint and every test.
+# make test-kill: kills every stage 200 times at random moments.
 # make bench: training against transformers' Trainer, into benchmarks/out; an hour on a CPU, half of one on a GPU.
 # make gate: GPT-2's published figures on WikiText-2, from the hub; fails when one is off by more than 0.1.
 # All set up .venv first. PYTHON=python3.12 make demo takes another interpreter (3.11 or newer).
@@ -6,7 +7,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test gate bench install clean
+.PHONY: demo test test-kill gate bench install clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -16,6 +17,9 @@ test: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+test-kill: $(INSTALLED)
+	KILLS=200 $(BIN)/python -m pytest tests/test_checkpoint.py -k random_moments --timeout 3600
 
 gate: $(INSTALLED)
 	@$(BIN)/python tools/gate.py

@@ -86,7 +86,12 @@ def main(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path) 
         raise memory.too_large(network, split, options, dtype)
 
     record, timings = summary(network, history), speed(history, device.peak_memory(place))
-    with whole(metrics / "loss.csv") as table, whole(metrics / "train.json") as figures, whole(out) as folder:
+    with (
+        whole(metrics / "loss.csv") as table,
+        whole(metrics / "train_timings.json") as times,
+        whole(metrics / "train.json") as figures,
+        whole(out) as folder,
+    ):
         folder.mkdir()
         if method == "full":
             network.save_pretrained(folder)
@@ -96,7 +101,6 @@ def main(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path) 
         write_csv(table, history.rows)
         record["adapter_bytes"] = sum(file.stat().st_size for file in folder.iterdir())
         figures.write_text(json.dumps(record, indent=2) + "\n")
-    with whole(metrics / "train_timings.json") as times:
         times.write_text(json.dumps(timings, indent=2) + "\n")
     plots.draw(plots.TRAINING, metrics / "loss.csv", metrics / "plots")
     environment.write(out, "train", started, method=method, precision=str(dtype).removeprefix("torch."))

@@ -23,8 +23,8 @@ OUTPUTS = {
     "base": ["data/base"],
     "prepare": ["data/raw"],
     "tokenize": ["data/tokens"],
-    "train": ["data/adapter", "metrics/loss.csv", "metrics/train.json"],
-    "evaluate": ["metrics/eval.json", "metrics/positions.csv"],
+    "train": ["data/adapter", "metrics/loss.csv", "metrics/train.json", "metrics/plots/loss_by_step.png"],
+    "evaluate": ["metrics/eval.json", "metrics/positions.csv", "metrics/plots/loss_by_position.png"],
 }
 CALLS = ("fsync", "rename", "replace", "unlink", "rmdir")  # by which outputs and checkpoints come and go
 PLACES = {"base": 16, "prepare": 14, "tokenize": 30, "train": 50, "evaluate": 10}  # of a kill among a run's calls
@@ -164,6 +164,7 @@ def main() -> None:
 
     command.set_up_libraries()
     import bitsandbytes  # noqa: F401
+    import matplotlib.figure  # noqa: F401
     import torch
     import transformers.models.gpt2.modeling_gpt2  # noqa: F401
     from peft import get_peft_model  # noqa: F401

@@ -235,8 +235,7 @@ def pretended(monkeypatch, tmp_path):
         run = grid.Run("", folder.name, seed, {})
         (folder / "metrics").mkdir(exist_ok=True)
         figures = record(run, 3 + abs(rate - 2e-4) + seed, perplexity=1 / rate)
-        if name in ("train", "evaluate"):
-            part = {"train": "train", "evaluate": "eval"}[name]
+        for part in {"train": ("train", "train_timings"), "evaluate": ("eval",)}.get(name, ()):
             (folder / "metrics" / f"{part}.json").write_text(json.dumps(figures[part]))
         return None
 
