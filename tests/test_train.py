@@ -448,3 +448,23 @@ def test_a_base_held_in_bf16_gives_nearly_the_same_gradient(tiny_model, quantiza
     assert near == pytest.approx(exact, rel=1e-2)
     assert near != exact
     assert torch.cosine_similarity(expected, found, 0) > 0.99
+
+
+def test_the_gradient_of_every_weight_is_that_of_the_plain_loss(tiny_model):
+    """Head and embedding are one tensor, whose gradient is the sum of both uses."""
+    split = make_rows(LENGTHS)
+    inputs, targets = scoring.batch(split, np.arange(4), torch.device("cpu"))
+    results = []
+    for fused in (True, False):
+        network = model.load_base(tiny_model, None, FP32).double().eval()
+        if fused:
+            nll = scoring.nll_sum(network, inputs, targets, torch.float64)
+        else:
+            logits = network(input_ids=inputs).logits.flatten(0, 1)
+            nll = torch.nn.functional.cross_entropy(
+                logits, targets.flatten(), ignore_index=scoring.IGNORED, reduction="sum"
+            )
+        nll.backward()
+        results.append([nll.detach(), *(parameter.grad for parameter in network.parameters())])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
