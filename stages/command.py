@@ -22,7 +22,9 @@ class Stop(click.ClickException):
     """Something the user can put right: printed as one line, exit code 1."""
 
     def format_message(self) -> str:
-        return " ".join(self.message.split())
+        line = " ".join(self.message.split())
+        # What an error quotes may hold what no terminal should act on and no UTF-8 can hold.
+        return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in line)
 
 
 def stage(main: Callable) -> click.Command:
