@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import functools
+import hashlib
 import logging
 import os
 import re
@@ -80,6 +81,25 @@ def need(path: Path, maker: str) -> Path:
     if not path.exists():
         raise Stop(f"{path} is missing: run `dvc repro {maker}`, or python -m stages.{maker}")
     return path
+
+
+def digests(folder: Path, pattern: str = "*") -> dict[str, str]:
+    """Return the SHA-256 of each file in `folder`, as hex digits by name: safetensors and .npy hold no checksum."""
+    found = {}
+    for path in filter(Path.is_file, sorted(folder.glob(pattern))):
+        with path.open("rb") as file:
+            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def same(folder: Path, expected: dict[str, str], since: str, maker: str) -> None:
+    """Stop at a file in `folder` that is not the one whose digest the stage `since` recorded."""
+    for name, digest in expected.items():
+        if digests(folder, name).get(name) != digest:
+            raise Stop(
+                f"{folder / name} is damaged, or not the one that {since} recorded: run `dvc repro --force {maker}`, "
+                f"then `dvc repro`"
+            )
 
 
 @contextlib.contextmanager
