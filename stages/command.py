@@ -95,6 +95,7 @@ def digests(folder: Path, pattern: str = "*") -> dict[str, str]:
 def same(folder: Path, expected: dict[str, str], since: str, maker: str) -> None:
     """Stop at a file in `folder` that is not the one whose digest the stage `since` recorded."""
     for name, digest in expected.items():
+        need(folder / name, maker.split()[0])
         if digests(folder, name).get(name) != digest:
             raise Stop(
                 f"{folder / name} is damaged, or not the one that {since} recorded: run `dvc repro --force {maker}`, "

@@ -329,7 +329,7 @@ def test_token_arrays_that_are_damaged(workplace, inputs, made):
     shutil.copytree(made["tokens"], workplace / "tokens")
     (workplace / "tokens" / "train.npy").write_bytes(b"no array")
     line = refusal(train.main, *inputs["train"], "--tokens", "tokens")
-    assert line.startswith("tokens: the train split is damaged")
+    assert line.startswith("tokens/train.npy is damaged")
 
 
 # Training that fails
