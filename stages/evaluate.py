@@ -97,9 +97,9 @@ def main(raw: Path, tokens: Path, base: Path, adapter: Path, out: Path, position
     ):
         network = load()
         found[name] = likelihood(network, task.windows, evaluate.batch_size, dtype, f"test, {name}")
+        scores[name] = figures(found[name], task)
         written[name] = samples.write(network, prompts, manifest["end_of_text_id"])
         del network
-        scores[name] = figures(found[name], task)
         say(f"evaluate: {name:6} " + "  ".join(f"{figure} {value:.4f}" for figure, value in scores[name].items()))
         warn(name, scores[name])
     scores["change"] = {figure: scores["tuned"][figure] - scores["base"][figure] for figure in scores["base"]}
