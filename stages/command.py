@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import functools
+import hashlib
 import logging
 import os
 import re
@@ -22,7 +23,9 @@ class Stop(click.ClickException):
     """Something the user can put right: printed as one line, exit code 1."""
 
     def format_message(self) -> str:
-        return " ".join(self.message.split())
+        line = " ".join(self.message.split())
+        # What an error quotes may hold what no terminal should act on and no UTF-8 can hold.
+        return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in line)
 
 
 def stage(main: Callable) -> click.Command:
@@ -78,6 +81,26 @@ def need(path: Path, maker: str) -> Path:
     if not path.exists():
         raise Stop(f"{path} is missing: run `dvc repro {maker}`, or python -m stages.{maker}")
     return path
+
+
+def digests(folder: Path, pattern: str = "*") -> dict[str, str]:
+    """Return the SHA-256 of each file in `folder`, as hex digits by name: safetensors and .npy hold no checksum."""
+    found = {}
+    for path in filter(Path.is_file, sorted(folder.glob(pattern))):
+        with path.open("rb") as file:
+            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def same(folder: Path, expected: dict[str, str], since: str, maker: str) -> None:
+    """Stop at a file in `folder` that is not the one whose digest the stage `since` recorded."""
+    for name, digest in expected.items():
+        need(folder / name, maker.split()[0])
+        if digests(folder, name).get(name) != digest:
+            raise Stop(
+                f"{folder / name} is damaged, or not the one that {since} recorded: run `dvc repro --force {maker}`, "
+                f"then `dvc repro`"
+            )
 
 
 @contextlib.contextmanager

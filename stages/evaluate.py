@@ -76,7 +76,9 @@ def main(raw: Path, tokens: Path, base: Path, adapter: Path, out: Path, position
     """Score the test split under the base model and under the tuned one."""
     started = time.perf_counter()
     evaluate = params.section("evaluate", Evaluate)
-    manifest = read_manifest(tokens)
+    from stages import rows
+
+    manifest = rows.read_manifest(tokens, base)
     block_size = manifest["block_size"]
     stride = choose_stride(evaluate, block_size)
     task = lay_out(evaluate.protocol, stride, manifest, raw, tokens, base)
@@ -114,14 +116,6 @@ def main(raw: Path, tokens: Path, base: Path, adapter: Path, out: Path, position
     records["evaluate"] = environment.describe(started, **facts, precision=str(dtype).removeprefix("torch."))
     write_report(out.parent, scores, records, list(zip(*texts, strict=True)))
     say(f"evaluate: {out.parent}/report.md shows it all")
-
-
-def read_manifest(tokens: Path) -> dict:
-    file = need(tokens / "manifest.json", "tokenize")
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise Stop(f"{file} is damaged ({error}): run `dvc repro --force tokenize`") from error
 
 
 def choose_stride(evaluate: Evaluate, block_size: int) -> int:

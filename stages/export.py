@@ -64,6 +64,7 @@ def main(out: Path, onto: str | None, base: Path, adapter: Path, tokens: Path) -
 
     method, quantization = model.load_method(adapter)
     onto = choose_base(onto, quantization)
+    model.check_files(base, adapter)
     with whole(out) as folder:
         folder.mkdir()
         merge(base, adapter, method, quantization, onto).save_pretrained(folder)

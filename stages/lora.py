@@ -7,6 +7,7 @@ learned lengths of its rows (Liu et al., 2024, arXiv:2402.09353).
 
 import functools
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ class Lora:
 
     def __post_init__(self):
         params.require(self.r > 0, "lora.r", self.r, "an integer above 0")
-        params.require(self.alpha > 0, "lora.alpha", self.alpha, "a number above 0")
+        params.require(0 < self.alpha < math.inf, "lora.alpha", self.alpha, "a number above 0")
         params.require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "a number of at least 0, below 1")
         named = isinstance(self.target_modules, list) and all(isinstance(name, str) for name in self.target_modules)
         good = self.target_modules == "all-linear" or (named and self.target_modules)
@@ -61,7 +62,7 @@ def layer_numbers(layers: Any) -> list[int] | None:
     """Return the numbers that lora.layers means, None for all, and [] for what is none of its forms."""
     if layers == "all":
         return None
-    if isinstance(layers, str) and (ends := re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", layers)):
+    if isinstance(layers, str) and (ends := re.fullmatch(r"\s*(\d{1,4})\s*(?:-\s*(\d{1,4})\s*)?", layers)):
         return list(range(int(ends[1]), int(ends[2] or ends[1]) + 1))
     numbers = layers if isinstance(layers, list) else [layers]
     return numbers if all(type(number) is int and number >= 0 for number in numbers) else []

@@ -6,11 +6,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from stages import device, lora, params
-from stages.command import Stop, need
+from stages.command import Stop, digests, need, same
 
 transformers_logging.disable_progress_bar()  # of reading weights: a second, in bars that say nothing
 METHOD_FILE = "method.json"
@@ -93,9 +94,18 @@ def load_published(weights: Path, config: Path) -> PreTrainedModel:
 def load_tuned(base: Path, adapter: Path, dtype: torch.dtype) -> torch.nn.Module:
     """Load what `train` left in data/adapter: an adapter on its base, or a whole model where all was trained."""
     method, quantization = load_method(adapter)
+    check_files(base, adapter)
     if method == "full":
         return load_base(adapter, None, dtype)
     return lora.load(load_base(base, quantization, dtype), adapter)
+
+
+def check_files(base: Path, adapter: Path) -> None:
+    """Stop unless the weights in both folders are those that `save_method` recorded."""
+    file = need(adapter / METHOD_FILE, "train")
+    record = json.loads(file.read_text())
+    same(adapter, record["files"], str(file), "train")
+    same(base, record["base"], str(file), "base train")
 
 
 def load_method(folder: Path) -> tuple[str, Quantization | None]:
@@ -104,9 +114,11 @@ def load_method(folder: Path) -> tuple[str, Quantization | None]:
     return record["method"], Quantization(**record["quantization"]) if record["quantization"] else None
 
 
-def save_method(folder: Path, method: str, quantization: Quantization | None) -> None:
-    """Record beside an adapter what it was trained on: `evaluate` loads the base in the same form."""
+def save_method(folder: Path, method: str, quantization: Quantization | None, base: Path | None = None) -> None:
+    """Record beside an adapter what it was trained on: `evaluate` loads the same base in the same form."""
     record = {"method": method, "quantization": asdict(quantization) if quantization else None}
+    weights = "*.safetensors"
+    record |= {"files": digests(folder, weights), "base": digests(base, weights) if base else {}}
     (folder / METHOD_FILE).write_text(json.dumps(record, indent=2) + "\n")
 
 
@@ -143,7 +155,7 @@ def _load(folder: Path, config, **quantized) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=torch.float32, use_safetensors=True, local_files_only=True, **quantized
         )
-    except ValueError as error:
+    except (ValueError, SafetensorError) as error:
         raise Stop(f"{folder}: {error}") from error
 
 

@@ -32,37 +32,16 @@ def section(key: str, schema: type[Section]) -> Section:
     Raises:
         Stop: the key, its value and what was expected.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
-
     values = _look_up(key)
-    known = {field.name: field.type for field in fields(schema)}
     if not isinstance(values, dict):
-        raise Stop(f"{FILE}: {key}: expected a section with {', '.join(known) or 'no keys'}, not {values!r}")
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
-    except ConfigKeyError as error:
-        raise Stop(f"{FILE}: {key}.{error.full_key}: unknown key; {key} has {', '.join(known) or 'no keys'}") from error
-    except MissingMandatoryValue as error:
-        raise Stop(f"{FILE}: {key}.{error.full_key}: missing; expected {_name(known[error.full_key])}") from error
-    except ValidationError as error:
-        name = (error.full_key or "").split("[")[0]
-        raise wrong(f"{key}.{name}", values.get(name), _name(known.get(name, schema))) from error
-    except OmegaConfBaseException as error:
-        raise Stop(f"{FILE}: {key}: {error}") from error
+        known = ", ".join(field.name for field in fields(schema)) or "no keys"
+        raise Stop(f"{FILE}: {key}: expected a section with {known}, not {values!r}")
+    return _typed(values, schema, key)
 
 
 def value(key: str, kind: type[Section]) -> Section:
     """Return the single value at the top-level `key` of params.yaml as a `kind` (`str` or `int`)."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import ValidationError
-
-    found = _look_up(key)
-    one = make_dataclass("one", [(key, kind)])
-    try:
-        return getattr(OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(one), {key: found})), key)
-    except ValidationError as error:
-        raise wrong(key, found, _name(kind)) from error
+    return getattr(_typed({key: _look_up(key)}, make_dataclass("one", [(key, kind)]), ""), key)
 
 
 def seed() -> int:
@@ -91,17 +70,41 @@ def wrong(key: str, value: Any, expected: str) -> Stop:
     return Stop(f"{FILE}: {key}: expected {expected}, not {value!r}")
 
 
-def _look_up(key: str) -> Any:
-    import yaml
+def _typed(values: dict, schema: type[Section], key: str) -> Section:
+    """Return a schema's instance of the values that params.yaml has at `key`, "" for the whole file."""
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
+
+    known = {field.name: field.type for field in fields(schema)}
+    prefix = f"{key}." if key else ""
+    for name, found in values.items():
+        # OmegaConf takes 3 for true, and an integer that no float holds for one.
+        number = type(found) is int and abs(found) >= 2**63 and name != "seed"
+        if (known.get(name) is bool and not isinstance(found, bool)) or (number and name in known):
+            raise wrong(f"{prefix}{name}", found, _name(known[name]) + (" below 2**63" if number else ""))
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
+    except ConfigKeyError as error:
+        names = ", ".join(known) or "no keys"
+        raise Stop(f"{FILE}: {prefix}{error.full_key}: unknown key; {key} has {names}") from error
+    except MissingMandatoryValue as error:
+        raise Stop(f"{FILE}: {prefix}{error.full_key}: missing; expected {_name(known[error.full_key])}") from error
+    except ValidationError as error:
+        name = (error.full_key or "").split("[")[0]
+        raise wrong(f"{prefix}{name}", values.get(name), _name(known.get(name, schema))) from error
+    except OmegaConfBaseException as error:
+        raise Stop(f"{FILE}: {key}: {error}") from error
+
+
+def _look_up(key: str) -> Any:
+    from omegaconf import OmegaConf
 
     try:
         # OmegaConf's loader reads 5e-05, which `dvc exp run -S` writes, as a number; PyYAML's as a string.
         found = OmegaConf.to_container(OmegaConf.load(FILE), resolve=True)
     except FileNotFoundError as error:
         raise Stop(f"{FILE} not found in {Path.cwd()}: run stages from the root of the repository") from error
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+    except Exception as error:  # a date in month 13, a number of 5,000 digits, a list that holds itself: of any kind
         raise Stop(f"{FILE}: not readable as YAML: {error}") from error
     for part in key.split("."):
         if not isinstance(found, dict) or part not in found:

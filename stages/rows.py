@@ -5,13 +5,14 @@ A row is `block_size + 1` token ids: its first `block_size` are the inputs, its 
 its id: GPT-2 has no padding token, so padding is <|endoftext|>, which is also a real token elsewhere.
 """
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from stages.command import Stop, need
+from stages.command import Stop, need, same
 
 SPLITS = ("train", "validation", "test")
 
@@ -99,10 +100,23 @@ def save_parts(parts: Iterable[Rows], width: int, dtype: type, folder: Path, spl
     np.save(folder / f"{split}.lengths.npy", counts)
 
 
+def read_manifest(folder: Path, base: Path) -> dict:
+    """Return the manifest of data/tokens; stop unless its arrays and the base model are those it was written of."""
+    file = need(folder / "manifest.json", "tokenize")
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise Stop(f"{file} is damaged ({error}): run `dvc repro --force tokenize`") from error
+    need(base / "config.json", "base")
+    same(folder, manifest["files"], str(file), "tokenize")
+    same(base, manifest["base"], str(file), "base tokenize")
+    return manifest
+
+
 def load(folder: Path, split: str) -> Rows:
     """Open one split of data/tokens, memory-mapped."""
     files = [need(folder / f"{split}{kind}.npy", "tokenize") for kind in ("", ".lengths")]
     try:
         return Rows(np.load(files[0], mmap_mode="r"), np.load(files[1]))
-    except ValueError as error:
+    except (ValueError, EOFError) as error:
         raise Stop(f"{folder}: the {split} split is damaged ({error}): run `dvc repro --force tokenize`") from error

@@ -1,5 +1,6 @@
 """Where a preset's model or dataset comes from: the hub, this disk, or the embedded sample."""
 
+import os
 import re
 from pathlib import Path
 
@@ -21,8 +22,8 @@ def local(key: str, source: str | None, revision: str | None) -> Path | None:
     """
     if not source:
         raise wrong(key, source, "a folder or an id on the hub")
-    path = Path(source).expanduser()
-    if path.exists():
+    path = Path(os.path.expanduser(source))
+    if os.path.exists(path):  # Path's own methods raise at a name too long, or a ~ of nobody
         if revision:
             raise wrong(f"{key}_revision", revision, f"null, since {source} is on this disk")
         return path

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import click
 
 from stages import articles, environment, params
-from stages.command import Stop, need, say, stage, whole
+from stages.command import Stop, digests, need, say, stage, whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -81,6 +81,8 @@ def main(raw: Path, base: Path, out: Path) -> None:
             "vocabulary_size": tokenizer.get_vocab_size(),
             "end_of_text_id": end,
             "splits": splits,
+            "files": digests(folder, "*.npy"),
+            "base": digests(base),
         }
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
     environment.write(out, "tokenize", started)

@@ -329,7 +329,7 @@ def test_token_arrays_that_are_damaged(workplace, inputs, made):
     shutil.copytree(made["tokens"], workplace / "tokens")
     (workplace / "tokens" / "train.npy").write_bytes(b"no array")
     line = refusal(train.main, *inputs["train"], "--tokens", "tokens")
-    assert line.startswith("tokens: the train split is damaged")
+    assert line.startswith("tokens/train.npy is damaged")
 
 
 # Training that fails
@@ -351,6 +351,7 @@ def test_a_model_that_is_broken(workplace, inputs, made):
     shutil.copytree(made["adapter"], workplace / "broken")
     file = workplace / "broken" / "adapter_model.safetensors"
     save_file({name: torch.full_like(value, torch.nan) for name, value in load_file(file).items()}, file)
+    model.save_method(workplace / "broken", "lora", None)
     line = refusal(evaluate.main, *inputs["evaluate"], "--adapter", "broken")
     assert line == "evaluate: the loss is nan: the model is broken; train again with a lower learning rate"
 

@@ -1,0 +1,91 @@
+"""Files in data/ that changed since a stage wrote them: the stage that reads them names them, and writes nothing."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+from click.testing import CliRunner
+from test_errors import contents, made, refusal  # noqa: F401
+
+from stages import evaluate, export, train
+
+
+@pytest.fixture
+def data(made, tmp_path, monkeypatch):  # noqa: F811
+    """A copy of a run's outputs, to break, in a working directory."""
+    for name, folder in made.items():
+        shutil.copytree(folder, tmp_path / "data" / name)
+    shutil.copyfile(made["base"].parents[1] / "params.yaml", tmp_path / "params.yaml")
+    monkeypatch.chdir(tmp_path)
+    return Path("data")
+
+
+def flip(file: Path) -> None:
+    """Change one bit of the last byte, which holds a value and no header."""
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def options(stage: str) -> list[str]:
+    names = {"train": ["tokens", "base"], "evaluate": ["raw", "tokens", "base", "adapter"]}[stage]
+    return [part for name in names for part in (f"--{name}", f"data/{name}")]
+
+
+@pytest.mark.parametrize("damage", [cut, flip, empty])
+@pytest.mark.parametrize(
+    ("stage", "name"),
+    [
+        ("train", "tokens/train.npy"),
+        ("train", "tokens/validation.lengths.npy"),
+        ("evaluate", "tokens/test.npy"),
+        ("train", "base/model.safetensors"),
+        ("evaluate", "base/model.safetensors"),
+        ("evaluate", "adapter/adapter_model.safetensors"),
+    ],
+)
+def test_a_damaged_file_is_named_by_the_stage_that_reads_it(data, stage, name, damage):
+    damage(data / name)
+    line = refusal({"train": train.main, "evaluate": evaluate.main}[stage], *options(stage))
+    assert line.startswith(f"data/{name} is damaged")
+    assert "dvc repro --force" in line
+
+
+@pytest.mark.parametrize("stage", ["train", "evaluate"])
+def test_a_tokenizer_that_changed_since_tokenize_is_named(data, stage):
+    file = data / "base" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["merges"].pop()
+    file.write_text(json.dumps(content))
+    line = refusal({"train": train.main, "evaluate": evaluate.main}[stage], *options(stage))
+    assert line.startswith(
+        "data/base/tokenizer.json is damaged, or not the one that data/tokens/manifest.json recorded"
+    )
+
+
+def test_an_adapter_of_another_base_of_the_same_shape_is_refused(data, tmp_path, tiny_corpus):
+    other = tiny.write_model(tmp_path / "other", tiny_corpus, seed=1)
+    line = refusal(export.main, "--out", "exported", "--base", other, "--adapter", "data/adapter")
+    assert line.startswith(
+        f"{other}/model.safetensors is damaged, or not the one that data/adapter/method.json recorded"
+    )
+
+
+def test_what_is_recorded_leaves_the_folders_to_transformers_and_peft(data):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    network = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(data / "base"), data / "adapter")
+    assert any("lora_" in name for name in network.state_dict())
+    result = CliRunner().invoke(evaluate.main, options("evaluate"), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
