@@ -119,7 +119,7 @@ def measure(
     folder = workspace.empty(out / "runs" / f"{run.name}-seed-{run.seed}")
     workspace.write_params(folder, settings | run.values | {"seed": run.seed})
     (folder / "data").mkdir()
-    for name in ("base", "tokens"):
+    for name in ("base", "raw", "tokens"):
         (folder / "data" / name).symlink_to(shared / "data" / name)
     threads = os.getenv("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // around["jobs"])))
     stages = (workspace.run_stage(name, folder, OMP_NUM_THREADS=threads) for name in ("train", "evaluate"))

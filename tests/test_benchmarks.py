@@ -228,7 +228,7 @@ def pretended(monkeypatch, tmp_path):
         if name == "train":
             with lock:
                 ran.append((folder.name, rate, seed, params["train"]["epochs"]))
-            if "use_dora" in params["lora"]:
+            if params["lora"]["use_dora"]:
                 return "train: Error: no such thing"
         run = grid.Run("", folder.name, seed, {})
         (folder / "metrics").mkdir(exist_ok=True)
