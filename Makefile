@@ -1,6 +1,6 @@
 # make demo: the whole pipeline on an embedded sample.  make test: lint and every test.
 # make test-kill: kills every stage 200 times at random moments.
-# make bench: training against transformers' Trainer, into benchmarks/out; an hour on a CPU, half of one on a GPU.
+# make bench: speed and memory of training against transformers' Trainer, into benchmarks/out; see docs/performance.md.
 # make gate: GPT-2's published figures on WikiText-2, from the hub; fails when one is off by more than 0.1.
 # All set up .venv first. PYTHON=python3.12 make demo takes another interpreter (3.11 or newer).
 PYTHON ?= python3

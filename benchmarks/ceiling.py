@@ -8,7 +8,7 @@ import torch
 
 from stages import device
 
-SECONDS = 2.0  # measured for, after as long a warm-up
+TIMES, SECONDS = 10, 0.4  # measured so often for so long; the best counts: others may use the machine, too
 SIZES = {"cuda": 8192, "cpu": 2048}
 
 
@@ -19,19 +19,20 @@ def main() -> None:
     dtype = device.compute_dtype("auto", place)
     size = SIZES[place.type]
     left, right = (torch.randn(size, size, dtype=dtype, device=place) for _ in range(2))
-    for _ in range(2):
+    best = 0.0  # products a second
+    for _ in range(TIMES):
         products, started = 0, time.perf_counter()
         while time.perf_counter() - started < SECONDS:
             left @ right
             products += 1
             if place.type == "cuda":
                 torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
+        best = max(best, products / (time.perf_counter() - started))
     record = {
         "device": place.type,
         "name": device.describe(place),
         "precision": str(dtype).removeprefix("torch."),
-        "tflops": 2 * size**3 * products / seconds / 1e12,
+        "tflops": 2 * size**3 * best / 1e12,
     }
     click.echo(json.dumps(record))
 

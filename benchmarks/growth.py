@@ -6,6 +6,7 @@ One setting changes at a time; the others stand as in `FIXED`. Each is measured 
 its own, on random weights and tokens; what does not fit in memory is said not to fit. Writes OUT/growth.md.
 """
 
+import statistics
 from pathlib import Path
 
 import click
@@ -14,6 +15,7 @@ from benchmarks import random_inputs, workspace
 from benchmarks.train import run
 from stages.command import Stop, say, stage, whole
 
+FIGURES = ("tokens_per_second", "peak_memory_bytes")
 FIXED = {
     "cuda": {"size": "124M", "block size": 1024, "batch": 8, "rank": 16},
     "cpu": {"size": "tiny", "block size": 128, "batch": 8, "rank": 16},
@@ -31,8 +33,9 @@ CHANGED = {
 
 @stage
 @click.option("--steps", type=click.IntRange(2), help="[default: 40 on a GPU, 20 on a CPU]")
+@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Runs of each; medians count.")
 @click.option("--out", type=Path, default="benchmarks/out", show_default=True, help="Folder of growth.md.")
-def main(steps: int | None, out: Path) -> None:
+def main(steps: int | None, repeats: int, out: Path) -> None:
     """Measure how the cost of training grows, with LoRA on all linear layers."""
     device = run("benchmarks.ceiling")["device"]
     steps = steps or {"cuda": 40, "cpu": 20}[device]
@@ -41,8 +44,9 @@ def main(steps: int | None, out: Path) -> None:
         for value in values:
             setting = fixed | {name: value}
             try:
-                found = measure(out.resolve() / "work", steps, setting)
-                cells = f"{found['tokens_per_second']:,.0f} | {found['peak_memory_bytes'] / 1e9:.2f}"
+                runs = [measure(out.resolve() / "work", steps, setting) for _ in range(repeats)]
+                speed, memory = (statistics.median(run[key] for run in runs) for key in FIGURES)
+                cells = f"{speed:,.0f} | {memory / 1e9:.2f}"
             except Stop as error:
                 if "out of memory" not in error.message:
                     raise

@@ -6,7 +6,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,15 @@ def environment() -> dict[str, str]:
     return {
         "device": device.describe(device.pick_device()),
         "versions": ", ".join(
-            [f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in PACKAGES)]
+            [f"Python {platform.python_version()}", *(f"{name} {installed(name)}" for name in PACKAGES)]
         ),
         "commit": commit.stdout.strip() if commit and commit.returncode == 0 else "not known",
     }
+
+
+def installed(package: str) -> str:
+    """Return a package's version, where it came with one: a folder on PYTHONPATH may hold the code alone."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "of no known version"

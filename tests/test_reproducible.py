@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 from every_method import METHODS, OUTPUTS
-from tiny import ROOT, run, set_param
+from tiny import ROOT, run
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -48,7 +48,7 @@ def corpus(tmp_path_factory) -> Path:
     folder = tiny.write_corpus(tmp_path_factory.mktemp("reproducible") / "corpus", seed=1)
     for split in tiny.SPLITS:
         with (folder / f"{split}.txt").open("a", encoding="utf-8", newline="") as file:
-            file.write(" = Ålesund – 日本 = \n \n The café in Ålesund costs 5 € – “quoted” . \n \n")
+            file.write(" = Ålesund — 日本 = \n \n The café in Ålesund costs 5 € — “quoted” . \n \n")
     return folder
 
 
