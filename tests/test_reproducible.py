@@ -48,7 +48,7 @@ def corpus(tmp_path_factory) -> Path:
     folder = tiny.write_corpus(tmp_path_factory.mktemp("reproducible") / "corpus", seed=1)
     for split in tiny.SPLITS:
         with (folder / f"{split}.txt").open("a", encoding="utf-8", newline="") as file:
-            file.write(" = Ålesund — 日本 = \n \n The café in Ålesund costs 5 € — “quoted” . \n \n")
+            file.write(" = Ålesund, 日本 = \n \n The café in Ålesund costs 5 € , “quoted” . \n \n")
     return folder
 
 
@@ -188,6 +188,9 @@ def test_a_lock_file_that_is_not_up_to_date_is_seen(clone, file, found, instead,
     assert f"failed to reproduce '{stage}'" in run(clone, *DRY, fails=True)
 
 
+# At once
+
+
 def test_experiments_of_a_parallel_queue_are_right_and_travel(author, pair, clone):
     run(author, "dvc", "exp", "run", "--queue", "--name", "quantised", "-S", "method=qlora")
     run(author, "dvc", "exp", "run", "--queue", "--name", "whole", "-S", "method=full")
@@ -203,19 +206,19 @@ def test_experiments_of_a_parallel_queue_are_right_and_travel(author, pair, clon
         assert stages_run(run(clone, "dvc", "repro")) == []
 
 
-# At once
-
-
 def test_of_two_runs_at_once_one_stops_at_the_lock_and_nothing_is_damaged(author, clone):
     run(clone, "dvc", "pull")
-    command = ["dvc", "repro", "--force", "--single-item", "base"]
+    command = ["dvc", "repro", "--force", "--single-item", "train"]
+    variables = tiny.environment() | {"PYTHONUNBUFFERED": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8"}
-    both = [subprocess.Popen(command, cwd=clone, env=tiny.environment(), **pipes) for _ in range(2)]
-    printed = {process.wait(): process.stdout.read() for process in both}
-    (refused,) = [text for code, text in printed.items() if code]
-    assert len(printed) == 2, printed  # one ended well, one did not
-    assert "is busy, it is being blocked by" in refused or "Unable to acquire lock" in refused
-    assert stages_run(refused) == []
+    with subprocess.Popen(command, cwd=clone, env=variables, **pipes) as first:
+        assert any("Running stage 'train'" in line for line in first.stdout)
+        refused = run(clone, *command, fails=True)
+        rest = first.stdout.read()
+    assert first.returncode == 0, rest
+    assert "is busy, it is being blocked by:" in refused
+    assert f"(PID {first.pid}): " in refused
+    assert "train: validation loss" not in refused
 
     assert stages_run(run(clone, "dvc", "repro")) == []
     assert differing(contents(author, "data/base", *OUTPUTS), contents(clone, "data/base", *OUTPUTS)) == set()
