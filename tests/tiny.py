@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+WHO = {"NAME": "Test", "EMAIL": "test@example.com"}
 END = "<|endoftext|>"
 VOCABULARY, POSITIONS = 300, 64
 SPLITS = {"train": 40, "valid": 6, "test": 6}  # articles
@@ -171,4 +172,5 @@ def environment() -> dict[str, str]:
         "DVC_NO_ANALYTICS": "1",
         "GIT_CONFIG_GLOBAL": os.devnull,
         "GIT_CONFIG_NOSYSTEM": "1",
+        **{f"GIT_{role}_{key}": value for role in ("AUTHOR", "COMMITTER") for key, value in WHO.items()},
     }
