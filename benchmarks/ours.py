@@ -50,6 +50,7 @@ def main(
     import torch
 
     from stages import device, loop, lora, model, rows
+    from stages.train import build
 
     options = params.section("train", loop.Train)
     options = replace(options, epochs=1, batch_size=batch_size, accumulation_steps=1, validations=1)
@@ -75,9 +76,7 @@ def main(
     dtype = device.compute_dtype(options.precision, place)
     torch.manual_seed(0)
     quantization = params.section("methods.qlora", model.Quantization) if method == "qlora" else None
-    network = model.load_base(base, quantization, dtype)
-    if method != "full":
-        network = lora.attach(network, low_rank)
+    network, _ = build(base, method, quantization, low_rank, dtype)
     validation = rows.load(tokens, "validation")
     times = watch(loop, place, {1, warmup, steps})
     history = loop.fit(network, train, validation, options, 0)

@@ -1,6 +1,7 @@
 """A folder in which the stages run without DVC: its own params.yaml, data/ and metrics/."""
 
 import hashlib
+import json
 import os
 import platform
 import shutil
@@ -10,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from stages.command import Stop
+from stages.command import Stop, digests
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
@@ -84,13 +85,8 @@ def surroundings() -> dict[str, str]:
 
 def fingerprint(path: Path) -> str:
     """Return the first 12 hex digits of the SHA-256 of a file, or of the files in a folder, with their names."""
-    digest = hashlib.sha256()
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        if file.is_file():
-            digest.update(file.name.encode())
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()[:12]
+    found = digests(path) if path.is_dir() else digests(path.parent, path.name)
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:12]
 
 
 def environment() -> dict[str, str]:

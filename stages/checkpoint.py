@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load, save
 
-from stages.command import say, whole
+from stages.command import digests, say, whole
 
 KEPT = 2
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "numpy")  # whose versions decide the bits of a result
@@ -122,9 +122,8 @@ def key(parameters: dict, folders: Iterable[Path], code: Iterable[Path], device:
     """
     versions = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
     facts = [parameters, versions, device, torch.backends.cpu.get_cpu_capability()]
-    for file in [*(file for folder in folders for file in sorted(folder.iterdir())), *sorted(code)]:
-        with file.open("rb") as stream:
-            facts.append([file.name, hashlib.file_digest(stream, "sha256").hexdigest()])
+    facts += [digests(folder) for folder in folders]
+    facts += [digests(file.parent, file.name) for file in sorted(code)]
     return digest(json.dumps(facts, sort_keys=True).encode())
 
 

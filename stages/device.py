@@ -4,8 +4,6 @@ import resource
 
 import torch
 
-from stages.params import PRECISIONS as PRECISIONS
-
 
 def pick_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

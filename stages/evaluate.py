@@ -28,6 +28,8 @@ from stages import environment, params, plots, report
 from stages.command import Stop, need, say, stage, whole
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
     from stages.likelihood import Likelihood
     from stages.model import Quantization
     from stages.protocols import Task
@@ -76,20 +78,24 @@ def main(raw: Path, tokens: Path, base: Path, adapter: Path, out: Path, position
     """Score the test split under the base model and under the tuned one."""
     started = time.perf_counter()
     evaluate = params.section("evaluate", Evaluate)
-    from stages import rows
+    from stages import protocols, rows
+    from stages.tokenize import load_tokenizer
 
     manifest = rows.read_manifest(tokens, base)
     block_size = manifest["block_size"]
     stride = choose_stride(evaluate, block_size)
-    task = lay_out(evaluate.protocol, stride, manifest, raw, tokens, base)
+    text = protocols.read(raw)
+    need(base / "tokenizer.json", "base")
+    tokenizer = load_tokenizer(base)
+    task = lay_out(evaluate.protocol, stride, manifest, text, tokens, tokenizer)
+    if len(task.windows) == 0 or task.words == 0:
+        raise Stop(f"{raw}/test.txt: nothing to score: expected a word at least, and a token to predict")
     say("evaluate: loading torch and transformers")
-    from stages import device, model, protocols, samples
+    from stages import device, model, samples
     from stages.likelihood import likelihood
-    from stages.tokenize import load_tokenizer
 
     dtype = device.compute_dtype(evaluate.precision, device.pick_device())
-    tokenizer = load_tokenizer(base)
-    prompts = samples.choose(protocols.read(raw), tokenizer, block_size)
+    prompts = samples.choose(text, tokenizer, block_size)
     found, scores, written = {}, {}, {}
     for name, load in (
         ("base", lambda: model.load_base(base, None, dtype)),
@@ -129,23 +135,15 @@ def choose_stride(evaluate: Evaluate, block_size: int) -> int:
     return evaluate.stride
 
 
-def lay_out(protocol: str, stride: int, manifest: dict, raw: Path, tokens: Path, base: Path) -> "Task":
-    """Return what `protocol` scores of the test split; stop where that is nothing."""
+def lay_out(protocol: str, stride: int, manifest: dict, text: str, tokens: Path, tokenizer: "Tokenizer") -> "Task":
+    """Return what `protocol` scores of the test split, whose text is given."""
     from stages import protocols, rows
-    from stages.tokenize import load_tokenizer
 
-    text = protocols.read(raw)
-    need(base / "tokenizer.json", "base")
-    tokenizer = load_tokenizer(base)
     if protocol == "native":
-        task = protocols.native(rows.load(tokens, "test"), manifest["layout"], text, tokenizer, stride)
-    elif protocol == "hf":
-        task = protocols.hf(text, tokenizer, manifest["block_size"], stride)
-    else:
-        task = protocols.lm_eval(text, tokenizer, manifest["end_of_text_id"], manifest["block_size"])
-    if len(task.windows) == 0 or task.words == 0:
-        raise Stop(f"{raw}/test.txt: nothing to score: expected a word at least, and a token to predict")
-    return task
+        return protocols.native(rows.load(tokens, "test"), manifest["layout"], text, tokenizer, stride)
+    if protocol == "hf":
+        return protocols.hf(text, tokenizer, manifest["block_size"], stride)
+    return protocols.lm_eval(text, tokenizer, manifest["end_of_text_id"], manifest["block_size"])
 
 
 def figures(found: "Likelihood", task: "Task") -> dict[str, float]:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from stages import params
 from stages.command import Stop, say
-from stages.device import PRECISIONS, compute_dtype
+from stages.device import compute_dtype
 from stages.rows import Rows
 from stages.scoring import batch, check_head, nll_sum, score
 
@@ -50,8 +50,8 @@ class Train:
         good = self.checkpoint_every is None or self.checkpoint_every >= 0
         params.require(good, "train.checkpoint_every", self.checkpoint_every, "an integer of at least 0, or null")
         params.require(0 <= self.weight_decay < math.inf, "train.weight_decay", self.weight_decay, "0 or more")
-        known = self.precision in PRECISIONS
-        params.require(known, "train.precision", self.precision, f"one of {', '.join(PRECISIONS)}")
+        known = self.precision in params.PRECISIONS
+        params.require(known, "train.precision", self.precision, f"one of {', '.join(params.PRECISIONS)}")
 
 
 @dataclass
