@@ -12,16 +12,33 @@ IGNORED = -100  # as a target: not scored
 CHUNKS = {"cuda": 2048, "cpu": 512}  # tokens
 
 
+def to_probabilities(
+    logits: torch.Tensor, own: torch.Tensor, scored: torch.Tensor, vocabulary: int, exact: torch.dtype
+) -> torch.Tensor:
+    """Put probabilities in the place of the logits; return the summed negative log-likelihood of the targets, nats.
+
+    Args:
+        logits: (tokens, at least `vocabulary`); what stands behind the vocabulary is left as it is.
+        own: (tokens,) int64, the targets. scored: (tokens, 1), 1 or 0: whether a token counts.
+        exact: the type to compute in.
+    """
+    predicted = logits[:, :vocabulary].log_softmax(-1, dtype=exact)
+    nll = -(predicted.gather(1, own[:, None]) * scored).sum()
+    logits[:, :vocabulary] = predicted.exp_()
+    return nll
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """The summed negative log-likelihood of `targets` under softmax(states weight^T), in nats.
 
     Args, of apply:
         states: (tokens, width), any float type. weight: (vocabulary, width). targets: (tokens,) int64, or IGNORED.
         dtype: of the matrix products. Softmax and sums are fp32, or fp64 where that is fp64.
+        softmax: `to_probabilities`, or what computes the same faster.
     """
 
     @staticmethod
-    def forward(ctx, states, weight, targets, dtype):
+    def forward(ctx, states, weight, targets, dtype, softmax=to_probabilities):
         exact = torch.promote_types(dtype, torch.float32)
         vocabulary = len(weight)
         # A multiple of 64 rows, or matrix products on a GPU take a slow path. The logits of the rows of zeros stay 0.
@@ -33,23 +50,19 @@ class LinearCrossEntropy(torch.autograd.Function):
         weight_gradient = torch.zeros_like(head, dtype=exact) if needs_weight else None
         for start in range(0, len(states), chunk):
             part, wanted = states[start : start + chunk].to(dtype), targets[start : start + chunk]
-            scored = (wanted != IGNORED)[:, None]
-            own = wanted.clamp(min=0)[:, None]
+            scored, own = (wanted != IGNORED).to(dtype)[:, None], wanted.clamp(min=0)
             logits = part @ head.T
-            predicted = logits[:, :vocabulary].log_softmax(-1, dtype=exact)
-            nll -= (predicted.gather(1, own) * scored).sum()
-            if not (needs_states or needs_weight):
-                continue
-            predicted = predicted.exp_().scatter_add_(1, own, -torch.ones_like(own, dtype=exact))
-            logits[:, :vocabulary] = predicted.mul_(scored)
+            nll += softmax(logits, own, scored, vocabulary, exact)
+            # The gradient of the logits is now theirs but for the 1 of the target itself.
             if needs_states:
-                states_gradient[start : start + chunk] = logits @ head
+                states_gradient[start : start + chunk] = (logits @ head - head[own]) * scored
             if needs_weight:
-                weight_gradient += logits.T @ part
+                weight_gradient += logits.T @ (part * scored)
+                weight_gradient.index_add_(0, own, (part * scored).to(exact), alpha=-1)
         ctx.save_for_backward(states_gradient, weight_gradient[:vocabulary] if needs_weight else None)
         return nll
 
     @staticmethod
     def backward(ctx, gradient):
         of_states, of_weight = (None if part is None else gradient * part for part in ctx.saved_tensors)
-        return of_states, of_weight, None, None
+        return of_states, of_weight, None, None, None

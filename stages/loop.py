@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from stages import params
+from stages import gradient, params
 from stages.command import Stop, say
 from stages.device import compute_dtype
+from stages.likelihood import score
 from stages.rows import Rows
-from stages.scoring import batch, check_head, nll_sum, score
+from stages.scoring import batch, check_head
 
 if TYPE_CHECKING:
     from stages.checkpoint import Checkpoints
@@ -35,6 +36,7 @@ class Train:
     clip_norm: float
     base_dropout: float
     precision: str
+    compile: str
     validations: int
     checkpoint_every: int | None
 
@@ -52,6 +54,8 @@ class Train:
         params.require(0 <= self.weight_decay < math.inf, "train.weight_decay", self.weight_decay, "0 or more")
         known = self.precision in params.PRECISIONS
         params.require(known, "train.precision", self.precision, f"one of {', '.join(params.PRECISIONS)}")
+        known = self.compile in ("auto", "always", "never")
+        params.require(known, "train.compile", self.compile, "auto, always or never")
 
 
 @dataclass
@@ -115,23 +119,24 @@ def fit(
         counts, history = record["counts"], History(**record["history"])
         say(f"train: going on after step {done} of {steps}, from {checkpoints.folder}")
     else:
-        start_loss = score(model, validation, options.batch_size, dtype, "validation before training").loss
+        start_loss = score(model, validation, None, dtype, "validation before training").loss
         history = History([], start_loss, {"validation_loss": math.inf}, 0, 0.0)
     norms: list[torch.Tensor] = []  # of the gradient, since the last look
     lowest_norm = math.inf
     model.train()
+    add = gradient.prepare(model, train, options.batch_size, options.compile, steps, dtype)
     started = time.perf_counter()
     order = itertools.islice(batches(len(train), rows_a_step, options.epochs, seed), done, None)
     with tqdm(total=steps, initial=done, desc="train", unit="step", mininterval=0.5) as bar:
         for step, places in enumerate(order, start=done + 1):
             counts.append(train.targets_of(places))
-            losses.append(accumulate(model, train, places, options.batch_size, dtype))
+            losses.append(accumulate(add, train, places, options.batch_size))
             norms.append(torch.nn.utils.clip_grad_norm_(trained, options.clip_norm))
             rate = learning_rate(step, steps, options)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["ratio"]
             optimizer.step()
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=add.shape is None)  # a recorded step adds to the gradients where they are
 
             history.tokens += counts[-1]
             bar.update()
@@ -146,7 +151,7 @@ def fit(
                 train_loss = sum(map(float, losses)) / sum(counts)
                 history.seconds += time.perf_counter() - started
                 bar.clear()
-                found = score(model, validation, options.batch_size, dtype, f"validation at step {step}").loss
+                found = score(model, validation, None, dtype, f"validation at step {step}").loss
                 if not math.isfinite(found):
                     raise diverged("validation loss", found, step)
                 history.add(step, train_loss, found, rate, norm)
@@ -169,20 +174,16 @@ def fit(
     return history
 
 
-def accumulate(
-    model: torch.nn.Module, train: Rows, places: np.ndarray, batch_size: int, dtype: torch.dtype
-) -> torch.Tensor:
+def accumulate(add: gradient.Gradient, train: Rows, places: np.ndarray, batch_size: int) -> torch.Tensor:
     """Add up the gradient of the mean loss over all predicted tokens of a step; return the summed loss, nats.
 
     Each batch's sum is divided by the step's number of tokens: a mean of the batches' means would weigh the
     tokens of a short batch more.
     """
-    count = train.targets_of(places)
-    total = torch.zeros((), device=next(model.parameters()).device)
+    count = torch.full((), train.targets_of(places), dtype=torch.float32, device=add.device)
+    total = torch.zeros((), device=add.device)
     for part in np.split(places, range(batch_size, len(places), batch_size)):
-        nll = nll_sum(model, *batch(train, part, total.device), dtype)
-        (nll / count).backward()
-        total += nll.detach()
+        total += add(*batch(train, part, add.device, add.shape), count)
     return total
 
 

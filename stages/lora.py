@@ -5,10 +5,10 @@ or alpha / sqrt(r) with use_rslora (Kalajdzievski, 2023, arXiv:2312.03732). With
 learned lengths of its rows (Liu et al., 2024, arXiv:2402.09353).
 """
 
-import functools
 import json
 import math
 import re
+import types
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,7 @@ def attach(model: PreTrainedModel, lora: Lora) -> torch.nn.Module:
             module.lora_A["default"] = fake_quant.FakeQuantLinear(module.lora_A["default"], lora.bits)
             module.lora_B["default"] = fake_quant.FakeQuantLinear(module.lora_B["default"], lora.bits)
         if not lora.use_dora:
-            module.forward = functools.partial(low_rank.forward, module)
+            module.forward = types.MethodType(low_rank.forward, module)
     return network
 
 

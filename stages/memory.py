@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from stages import gradient
 from stages.command import Stop
 from stages.loop import accumulate
 
@@ -53,10 +54,11 @@ def measure(model: torch.nn.Module, train: "Rows", dtype: torch.dtype) -> tuple[
     longest = np.argsort(-train.lengths)[:1]
     torch.cuda.empty_cache()
     room = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
-    accumulate(model, train, longest, 1, dtype)  # makes the gradients, which stay
+    add = gradient.plain(model, dtype)
+    accumulate(add, train, longest, 1)  # makes the gradients, which stay
     torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated()
-    accumulate(model, train, longest, 1, dtype)
+    accumulate(add, train, longest, 1)
     row = torch.cuda.max_memory_allocated() - held
     state = 2 * sum(value.numel() * value.element_size() for value in model.parameters() if value.requires_grad)
     return held + state, row, room

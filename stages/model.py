@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from stages import device, lora, params
+from stages import attention, device, lora, params
 from stages.command import Stop, digests, need, same
 
 transformers_logging.disable_progress_bar()  # of reading weights: a second, in bars that say nothing
@@ -153,7 +153,13 @@ def _scales(parameter: torch.nn.Parameter) -> list[torch.Tensor]:
 def _load(folder: Path, config, **quantized) -> PreTrainedModel:
     try:
         return AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=torch.float32, use_safetensors=True, local_files_only=True, **quantized
+            folder,
+            config=config,
+            dtype=torch.float32,
+            attn_implementation=attention.NAME if attention.fits(config) else None,
+            use_safetensors=True,
+            local_files_only=True,
+            **quantized,
         )
     except (ValueError, SafetensorError) as error:
         raise Stop(f"{folder}: {error}") from error

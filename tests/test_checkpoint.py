@@ -446,10 +446,10 @@ def test_a_run_that_ends_no_better_than_the_base_says_so(capsys, change):
 def small_gpu(monkeypatch):
     """Steps that need more memory than there is: a row takes 1 MB, all else 2 MB."""
 
-    def limited(model, rows, places, batch_size, dtype):
+    def limited(add, rows, places, batch_size):
         if batch_size > 4:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
-        return accumulate(model, rows, places, batch_size, dtype)
+        return accumulate(add, rows, places, batch_size)
 
     accumulate = loop.accumulate
     monkeypatch.setattr(loop, "accumulate", limited)

@@ -17,7 +17,19 @@ from click.testing import CliRunner
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from stages import articles, base, evaluate, model, prepare, protocols, rows, scoring, tokenize, train, windows
+from stages import (
+    articles,
+    base,
+    evaluate,
+    likelihood,
+    model,
+    prepare,
+    protocols,
+    rows,
+    tokenize,
+    train,
+    windows,
+)
 from stages.likelihood import Likelihood
 
 METHODS = {
@@ -349,7 +361,7 @@ def test_the_tuned_model_that_is_evaluated_is_the_best_that_was_trained():
     validation = rows.load(Path("data/tokens"), "validation")
     for method in METHODS:
         network = model.load_tuned(Path("data/base"), Path(method, "adapter"), torch.float32)
-        found = scoring.score(network, validation, 8, torch.float32, "").loss
+        found = likelihood.score(network, validation, 8, torch.float32, "").loss
         assert found == pytest.approx(read(f"{method}/train.json")["best_validation_loss"], rel=1e-5), method
 
 

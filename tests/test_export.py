@@ -17,7 +17,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from stages import export, lora, model, rows, scoring
+from stages import export, likelihood, lora, model, rows, scoring
 
 IDS = torch.arange(3 * 40).reshape(3, 40) * 7 % 300
 NF4 = model.Quantization(bits=4, quant_type="nf4", double_quant=True)
@@ -237,7 +237,7 @@ def test_the_figures_are_those_of_the_validation_split(onto):
     output = run("gpt2", "--onto", onto, "--tokens", "tokens")
     first = rows.Rows(split.ids[:8], split.lengths[:8])
     assert f"on {first.targets} tokens of the validation split" in output
-    losses = [scoring.score(network, first, 3, torch.float32, "").loss for network in (exported(), tuned("gpt2"))]
+    losses = [likelihood.score(network, first, 3, torch.float32, "").loss for network in (exported(), tuned("gpt2"))]
     found = figures(output)
     assert [found["loss"], found["tuned"]] == pytest.approx(losses, abs=6e-5)
     assert found["change"] == pytest.approx(losses[0] - losses[1], abs=2e-6)

@@ -10,7 +10,7 @@ import tiny
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from stages import device, loop, lora, model, rows, scoring
+from stages import device, gradient, likelihood, loop, lora, model, rows, scoring
 from stages.command import Stop
 
 FP32 = torch.float32
@@ -38,6 +38,7 @@ def options(**changes) -> loop.Train:
         "clip_norm": 1.0,
         "base_dropout": 0.0,
         "precision": "fp32",
+        "compile": "auto",
         "validations": 2,
         "checkpoint_every": 0,
     }
@@ -62,7 +63,7 @@ def gradients(network, split, places, batch_size) -> tuple[float, dict[str, torc
     """Return the summed loss of one step, and the gradient it leaves."""
     network.eval()
     network.zero_grad()
-    nll = loop.accumulate(network, split, places, batch_size, FP32)
+    nll = loop.accumulate(gradient.plain(network, FP32), split, places, batch_size)
     return float(nll), {name: value.grad.clone() for name, value in network.named_parameters() if value.requires_grad}
 
 
@@ -104,7 +105,7 @@ def test_a_score_is_the_sum_over_every_target_of_its_own_loss(lively, batch_size
     nll, correct, count = token_by_token(exact, split)
     assert count == sum(LENGTHS) - len(LENGTHS)
     for network in (lively, exact):
-        found = scoring.score(network, split, batch_size, FP32, "")
+        found = likelihood.score(network, split, batch_size, FP32, "")
         assert found.nll == pytest.approx(nll, rel=1e-5)
         assert (found.correct, found.tokens) == (correct, count)
         assert found.loss == found.nll / count
@@ -118,16 +119,16 @@ def test_a_score_counts_first_choices_that_are_right(tiny_model):
     stream = ids.numpy().astype(np.uint16)
     stream[0, 10] = choices[0, 9]  # its context is unchanged: one target is right, those after it may not be
     right = stream[:, :11]
-    found = scoring.score(network, rows.Rows(right, np.array([11], np.int32)), 1, FP32, "")
+    found = likelihood.score(network, rows.Rows(right, np.array([11], np.int32)), 1, FP32, "")
     assert found.correct == 1 + int((choices[0, :9] == ids[0, 1:10]).sum())
     assert found.tokens == 10
 
 
 def test_a_score_is_the_same_however_many_logits_are_held_at_once(lively, monkeypatch):
     split = make_rows(LENGTHS)
-    expected = scoring.score(lively, split, 8, FP32, "")
-    monkeypatch.setattr(scoring, "CHUNK", 7)
-    found = scoring.score(lively, split, 8, FP32, "")
+    expected = likelihood.score(lively, split, 8, FP32, "")
+    monkeypatch.setitem(likelihood.CHUNKS, "cpu", 7)
+    found = likelihood.score(lively, split, 8, FP32, "")
     assert found.nll == pytest.approx(expected.nll, rel=1e-6)
     assert (found.correct, found.tokens) == (expected.correct, expected.tokens)
 
@@ -135,13 +136,13 @@ def test_a_score_is_the_same_however_many_logits_are_held_at_once(lively, monkey
 def test_the_loss_that_is_trained_is_the_loss_that_is_reported(lively):
     split = make_rows(LENGTHS)
     trained_nll, _ = gradients(lively, split, np.arange(len(split)), 4)
-    assert trained_nll == pytest.approx(scoring.score(lively, split, 4, FP32, "").nll, rel=1e-6)
+    assert trained_nll == pytest.approx(likelihood.score(lively, split, 4, FP32, "").nll, rel=1e-6)
 
 
 def test_scoring_leaves_no_gradient_and_the_mode_as_it_was(lively):
     for training in (True, False):
         lively.train(training)
-        scoring.score(lively, make_rows(LENGTHS), 4, FP32, "")
+        likelihood.score(lively, make_rows(LENGTHS), 4, FP32, "")
         assert lively.training is training
         assert all(value.grad is None for value in lively.parameters())
 
@@ -149,7 +150,7 @@ def test_scoring_leaves_no_gradient_and_the_mode_as_it_was(lively):
 def test_scoring_keeps_nothing_for_gradients(lively):
     seen = []
     lively.get_base_model().transformer.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
-    scoring.score(lively, make_rows(LENGTHS), 4, FP32, "")
+    likelihood.score(lively, make_rows(LENGTHS), 4, FP32, "")
     assert seen
     assert not any(seen)
 
@@ -158,7 +159,7 @@ def test_scoring_uses_no_dropout(tiny_model):
     network = adapted(tiny_model, dropout=0.5)
     loop.set_dropout(network, 0.5)
     network.train()
-    scores = [scoring.score(network, make_rows(LENGTHS), 4, FP32, "").nll for _ in range(2)]
+    scores = [likelihood.score(network, make_rows(LENGTHS), 4, FP32, "").nll for _ in range(2)]
     assert scores[0] == scores[1]
 
 
@@ -167,11 +168,11 @@ def test_a_llama_is_scored_token_by_token_too(tmp_path):
     size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=300, max_position_embeddings=64, **size)).save_pretrained(tmp_path)
     network, split = adapted(tmp_path), make_rows(LENGTHS)
-    start = scoring.score(network, split, 4, FP32, "").loss
+    start = likelihood.score(network, split, 4, FP32, "").loss
     history = loop.fit(network, split, split, options(epochs=5), seed=0)
     assert history.best["validation_loss"] < start
     nll, correct, count = token_by_token(network.double().eval(), split)
-    found = scoring.score(network, split, 4, FP32, "")
+    found = likelihood.score(network, split, 4, FP32, "")
     assert (found.nll, found.correct, found.tokens) == (pytest.approx(nll, rel=1e-5), correct, count)
 
 
@@ -183,14 +184,14 @@ def test_what_stands_in_the_padding_changes_neither_loss_nor_gradient_nor_score(
     padding = np.arange(split.ids.shape[1]) >= split.lengths[:, None]
     assert padding.any()
     nll, gradient = gradients(lively, split, np.arange(len(split)), 4)
-    score = scoring.score(lively, split, 4, FP32, "")
+    score = likelihood.score(lively, split, 4, FP32, "")
     for seed in range(3):
         noise = np.random.default_rng(seed).integers(0, 300, split.ids.shape).astype(np.uint16)
         other = rows.Rows(np.where(padding, noise, split.ids), split.lengths)
         other_nll, other_gradient = gradients(lively, other, np.arange(len(split)), 4)
         assert other_nll == pytest.approx(nll, rel=1e-6)
         torch.testing.assert_close(other_gradient, gradient, rtol=1e-5, atol=1e-7)
-        other_score = scoring.score(lively, other, 4, FP32, "")
+        other_score = likelihood.score(lively, other, 4, FP32, "")
         assert other_score.nll == pytest.approx(score.nll, rel=1e-6)
         assert (other_score.correct, other_score.tokens) == (score.correct, score.tokens)
 
@@ -211,7 +212,7 @@ def test_the_last_packed_row_is_scored_to_its_end_and_no_further(lively):
     packed = rows.pack(stream, 16, END)
     assert packed.lengths.tolist() == [17, 17, 8]
     nll, correct, count = token_by_token(lively.eval(), packed)
-    found = scoring.score(lively, packed, 3, FP32, "")
+    found = likelihood.score(lively, packed, 3, FP32, "")
     assert (found.nll, found.correct, found.tokens) == (pytest.approx(nll, rel=1e-5), correct, 39)
     assert count == 39
 
@@ -371,7 +372,7 @@ def test_the_model_is_left_with_the_values_of_the_lowest_validation_loss(tiny_mo
     losses = [row["validation_loss"] for row in history.rows]
     assert history.best == min(history.rows, key=lambda row: row["validation_loss"])
     assert losses[-1] > 1.05 * min(losses), "training went on past the best"
-    assert scoring.score(network, validation, 4, FP32, "").loss == pytest.approx(min(losses), rel=1e-6)
+    assert likelihood.score(network, validation, 4, FP32, "").loss == pytest.approx(min(losses), rel=1e-6)
 
 
 @pytest.mark.parametrize("quantization", [None, NF4], ids=["float", "nf4"])
@@ -441,7 +442,7 @@ def test_a_base_held_in_bf16_gives_nearly_the_same_gradient(tiny_model, quantiza
         model.hold_frozen(network, dtype)
         assert {value.dtype for value in frozen(network).values()} <= {dtype, torch.uint8}
         assert {value.dtype for value in trained(network).values()} == {FP32}
-        nll = loop.accumulate(network, split, np.arange(len(split)), 4, dtype)
+        nll = loop.accumulate(gradient.plain(network, dtype), split, np.arange(len(split)), 4)
         results.append((float(nll), torch.cat([p.grad.flatten() for p in network.parameters() if p.requires_grad])))
         network.zero_grad()
     (exact, expected), (near, found) = results

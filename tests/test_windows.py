@@ -124,9 +124,9 @@ def test_logits_are_computed_where_they_are_scored_and_a_chunk_at_a_time(model, 
     monkeypatch.setitem(likelihood.CHUNKS, "cpu", 5)
     sizes, score_tokens = [], likelihood.score_tokens
 
-    def counting(head, states, wanted):
+    def counting(weight, vocabulary, states, wanted):
         sizes.append(len(states))
-        return score_tokens(head, states, wanted)
+        return score_tokens(weight, vocabulary, states, wanted)
 
     monkeypatch.setattr(likelihood, "score_tokens", counting)
     likelihood.likelihood(model, windows.slide(TEXTS, CONTEXT, 4), 8, torch.float64, "")
@@ -150,9 +150,9 @@ def test_without_a_batch_size_as_many_windows_are_read_as_hold_the_device_s_toke
 def test_bf16_layers_keep_fp32_logits(model, monkeypatch):
     other, seen, score_tokens = copy(model).float(), set(), likelihood.score_tokens
 
-    def recording(head, states, wanted):
-        seen.add((states.dtype, head.weight.dtype))
-        return score_tokens(head, states, wanted)
+    def recording(weight, vocabulary, states, wanted):
+        seen.add((states.dtype, weight.dtype))
+        return score_tokens(weight, vocabulary, states, wanted)
 
     monkeypatch.setattr(likelihood, "score_tokens", recording)
     laid = windows.slide(TEXTS, CONTEXT, 4)

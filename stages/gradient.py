@@ -1,0 +1,124 @@
+"""The gradient of a batch, computed in one of three ways that differ in speed alone.
+
+- eager: PyTorch starts kernel after kernel. On a GPU a small model waits for Python most of the time.
+- recorded: the kernels of one batch are recorded once, as a CUDA graph, and replayed for every batch.
+- compiled: the same, of kernels that torch.compile makes of the layers and of the softmax. That takes seconds first.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from stages.command import say
+from stages.cross_entropy import to_probabilities
+from stages.rows import Rows
+from stages.scoring import body_and_head, nll_sum
+
+WORTH_IT = 5e14  # parameters times tokens of a run from which compilation saves more time than it takes
+FULL = 0.9  # share of a batch's places that must hold tokens, or padding would cost more than recording saves
+
+
+@dataclass
+class Gradient:
+    """What adds the gradient of a batch's mean loss to the parameters' own, and returns its summed loss, nats.
+
+    Its arguments are inputs and targets, both (rows, tokens) int64, and the number of tokens to divide the loss by.
+    """
+
+    add: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    device: torch.device
+    shape: tuple[int, int] | None  # of every batch; None: as it comes
+
+    def __call__(self, *given: torch.Tensor) -> torch.Tensor:
+        return self.add(*given)
+
+
+def prepare(
+    model: torch.nn.Module, train: Rows, batch_size: int, compiled: str, steps: int, dtype: torch.dtype
+) -> Gradient:
+    """Choose the way, say which and why, and make it ready. The random state is left as it was.
+
+    Args:
+        compiled: train.compile: "auto", "always" or "never".
+    """
+    device = next(model.parameters()).device
+    if reason := must_be_eager(model, train, device):
+        say(f"train: eager steps: {reason}")
+        return plain(model, dtype)
+    shape = (batch_size, int(train.lengths.max()) - 1)
+    work = sum(value.numel() for value in model.parameters()) * steps * shape[0] * shape[1]
+    size = f"{work:.1e} parameters x tokens; it is worth its time from {WORTH_IT:.0e}"
+    compiles = compiled == "always" or (compiled == "auto" and work >= WORTH_IT)
+    if compiles and any(any(getattr(module, "use_dora", {}).values()) for module in model.modules()):
+        compiles, size = False, "DoRA's norms do not compile"
+    softmax = to_probabilities
+    if compiles:
+        say(f"train: compiled steps, replayed as a CUDA graph ({size}): the first takes seconds")
+        compile_layers(model)
+        softmax = torch.compile(to_probabilities, dynamic=False)
+    else:
+        say(f"train: steps replayed as a CUDA graph, not compiled ({size})")
+    return Gradient(recorded(model, eager(model, dtype, softmax), shape, device), device, shape)
+
+
+def plain(model: torch.nn.Module, dtype: torch.dtype) -> Gradient:
+    return Gradient(eager(model, dtype, to_probabilities), next(model.parameters()).device, None)
+
+
+def must_be_eager(model: torch.nn.Module, train: Rows, device: torch.device) -> str | None:
+    """Return why no step can be recorded, or None."""
+    if device.type != "cuda":
+        return "CUDA graphs are for GPUs"
+    if any(type(module).__name__ == "Linear8bitLt" for module in model.modules()):
+        return "8-bit layers look for outliers in their input, and Python waits for what they find"
+    if train.targets < FULL * len(train) * (int(train.lengths.max()) - 1):
+        return "rows differ in length"
+    return None
+
+
+def eager(model: torch.nn.Module, dtype: torch.dtype, softmax: Callable) -> Callable:
+    def add(inputs: torch.Tensor, targets: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+        nll = nll_sum(model, inputs, targets, dtype, softmax)
+        (nll / count).backward()
+        return nll.detach()
+
+    return add
+
+
+def recorded(model: torch.nn.Module, add: Callable, shape: tuple[int, int], device: torch.device) -> Callable:
+    """Run `add` a few times, which compiles what is to be compiled, then record it; return what replays it."""
+    inputs, targets = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2))
+    count = torch.ones((), device=device)
+    random = torch.cuda.get_rng_state(device)
+    aside = torch.cuda.Stream(device)
+    aside.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(aside):
+        for _ in range(3):
+            add(inputs, targets, count)
+    torch.cuda.current_stream(device).wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        nll = add(inputs, targets, count)
+    torch.cuda.set_rng_state(random, device)
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.zero_()
+
+    def replay(*given: torch.Tensor) -> torch.Tensor:
+        for place, value in zip((inputs, targets, count), given, strict=True):
+            place.copy_(value)
+        graph.replay()
+        return nll
+
+    return replay
+
+
+def compile_layers(model: torch.nn.Module) -> None:
+    """Compile the layers one by one: they are alike, and share what the first one takes seconds for."""
+    body, _ = body_and_head(model)
+    layers = next(module for module in body.modules() if isinstance(module, torch.nn.ModuleList))
+    if hasattr(model, "get_base_model"):
+        model.get_base_model().enable_input_require_grads()  # or the first layer, unlike all others, needs its own
+    for layer in layers:
+        layer.compile(dynamic=False)
