@@ -31,8 +31,12 @@ NF4 = torch.tensor(
 ).flatten()
 
 
-def quantize(matrix: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the codes of an fp32 matrix, (blocks, 64) int8 or (blocks, 32) uint8, and the scales, (blocks,) bf16."""
+def quantize(matrix: torch.Tensor, bits: int, levels: torch.Tensor = NF4) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the codes of an fp32 matrix, (blocks, 64) int8 or (blocks, 32) uint8, and the scales, (blocks,) bf16.
+
+    Args:
+        levels: NF4, (16,) fp32; copied to the matrix's device if it is not there.
+    """
     flat = matrix.detach().flatten()
     blocks = F.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
     absmax = blocks.abs().amax(1)
@@ -40,17 +44,19 @@ def quantize(matrix: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tenso
     relative = blocks / scales.float().where(scales > 0, 1.0)[:, None]
     if bits == 8:
         return relative.round().clamp(-127, 127).to(torch.int8), scales
-    levels = NF4.to(matrix.device)
+    levels = levels.to(matrix.device)
     codes = torch.bucketize(relative, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
     return codes[:, ::2] << 4 | codes[:, 1::2], scales
 
 
-def dequantize(codes: torch.Tensor, scales: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+def dequantize(
+    codes: torch.Tensor, scales: torch.Tensor, shape: torch.Size, levels: torch.Tensor = NF4
+) -> torch.Tensor:
     """Return the fp32 matrix of the given shape that codes and scales of `quantize` stand for."""
     if codes.dtype == torch.int8:
         relative = codes.float()
     else:
-        relative = NF4.to(codes.device)[torch.stack((codes >> 4, codes & 15), -1).flatten(1).int()]
+        relative = levels.to(codes.device)[torch.stack((codes >> 4, codes & 15), -1).flatten(1).int()]
     return (relative * scales.float()[:, None]).flatten()[: shape.numel()].view(shape)
 
 
@@ -58,12 +64,12 @@ class StraightThrough(torch.autograd.Function):
     """What is stored of a matrix, with the gradient of the matrix itself."""
 
     @staticmethod
-    def forward(ctx, matrix: torch.Tensor, bits: int) -> torch.Tensor:
-        return dequantize(*quantize(matrix, bits), matrix.shape)
+    def forward(ctx, matrix: torch.Tensor, bits: int, levels: torch.Tensor) -> torch.Tensor:
+        return dequantize(*quantize(matrix, bits, levels), matrix.shape, levels)
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gradient, None
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return gradient, None, None
 
 
 class FakeQuantLinear(torch.nn.Linear):
@@ -72,10 +78,12 @@ class FakeQuantLinear(torch.nn.Linear):
     def __init__(self, layer: torch.nn.Linear, bits: int):
         super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
         self.weight, self.bits = layer.weight, bits
+        # Where the weight is: no step can be recorded as a CUDA graph that copies from the CPU.
+        self.register_buffer("levels", NF4.to(layer.weight.device), persistent=False)
 
     def stored(self) -> torch.Tensor:
         """Return what is stored of the weight, with the weight's gradient."""
-        return StraightThrough.apply(self.weight, self.bits)
+        return StraightThrough.apply(self.weight, self.bits, self.levels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.stored())
