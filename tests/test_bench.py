@@ -46,7 +46,8 @@ def test_the_peer_and_the_project_do_the_same_work(method, target, tiny_model, f
         assert record["tokens_per_second"] > 0
         assert 0 < record["first_step_seconds"] < record["wall_seconds"]
         assert 1e8 < record["peak_memory_bytes"] < 1e10
-    # Ours computes in bf16 on some CPUs. The Trainer divides the sum of the losses by all 16 tokens of a row, of which its model predicts 15.
+    # The Trainer divides the sum of the losses by all 16 tokens of a row, of which its model predicts 15. Ours is bf16
+    # on some CPUs.
     assert peer["train_loss"] == pytest.approx(project["train_loss"] * 15 / 16, abs=1e-3)
 
 
