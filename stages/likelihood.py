@@ -118,7 +118,8 @@ def score_tokens(
     if states.device.type == "cpu":
         logits, across = weight @ states.T, 0  # the same product transposed: 1.3 times as fast with MKL
     else:
-        logits = (states @ weight.T)[:, :vocabulary]
+        logits = states @ weight.T
+        logits[:, vocabulary:] = -torch.inf
     wanted = wanted.unsqueeze(across)
     nll = -logits.log_softmax(across).gather(across, wanted)
     ranks = (logits >= logits.gather(across, wanted)).sum(across) - 1
