@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from stages.command import whole
+from stages.command import digests, whole
 
 # layers, width, heads, positions, vocabulary: GPT-2's own (Radford et al., 2019), and that of the embedded sample
 SIZES = {
@@ -45,4 +45,7 @@ def tokens(folder: Path, base: Path, block_size: int, count: int) -> Path:
             for split, number in (("train", count), ("validation", -(-count // 10))):
                 ids = random.integers(0, vocabulary, (number, block_size + 1)).astype(dtype)
                 rows.save(rows.Rows(ids, np.full(number, block_size + 1, np.int32)), new, split)
+    # Models of one vocabulary share the arrays; the stages want to know which of them they are for.
+    manifest = {"block_size": block_size, "files": digests(target, "*.npy"), "base": digests(base)}
+    (target / "manifest.json").write_text(json.dumps(manifest) + "\n")
     return target

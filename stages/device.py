@@ -1,5 +1,6 @@
 """Where the computation runs, and in what precision."""
 
+import os
 import resource
 
 import torch
@@ -19,6 +20,16 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
         native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
         precision = "bf16" if native else "fp32"
     return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def make_deterministic() -> None:
+    """Have a GPU give the same bits each time, at some cost in speed; to be called before it computes anything."""
+    import torch._inductor.config as compiler
+
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a safeguard for code that reads what it never wrote
+    compiler.deterministic = True  # no choice of kernels by their measured times
 
 
 def peak_memory(device: torch.device) -> int:

@@ -43,23 +43,33 @@ def prepare(
         compiled: train.compile: "auto", "always" or "never".
     """
     device = next(model.parameters()).device
-    if reason := must_be_eager(model, train, device):
-        say(f"train: eager steps: {reason}")
-        return plain(model, dtype)
     shape = (batch_size, int(train.lengths.max()) - 1)
-    work = sum(value.numel() for value in model.parameters()) * steps * shape[0] * shape[1]
-    size = f"{work:.1e} parameters x tokens; it is worth its time from {WORTH_IT:.0e}"
-    compiles = compiled == "always" or (compiled == "auto" and work >= WORTH_IT)
-    if compiles and any(any(getattr(module, "use_dora", {}).values()) for module in model.modules()):
-        compiles, size = False, "DoRA's norms do not compile"
+    way, reason = choose(model, train, steps * shape[0] * shape[1], compiled, device)
+    say(f"train: {way} steps: {reason}")
+    if way == "eager":
+        return plain(model, dtype)
     softmax = to_probabilities
-    if compiles:
-        say(f"train: compiled steps, replayed as a CUDA graph ({size}): the first takes seconds")
+    if way == "compiled":
         compile_layers(model)
         softmax = torch.compile(to_probabilities, dynamic=False)
-    else:
-        say(f"train: steps replayed as a CUDA graph, not compiled ({size})")
     return Gradient(recorded(model, eager(model, dtype, softmax), shape, device), device, shape)
+
+
+def choose(model: torch.nn.Module, train: Rows, tokens: int, compiled: str, device: torch.device) -> tuple[str, str]:
+    """Return the way for a run of so many tokens, and why."""
+    if device.type != "cuda":
+        return "eager", "CUDA graphs are for GPUs"
+    if any(type(module).__name__ == "Linear8bitLt" for module in model.modules()):
+        return "eager", "8-bit layers look for outliers in their input, and Python waits for what they find"
+    if train.targets < FULL * len(train) * (int(train.lengths.max()) - 1):
+        return "eager", "rows differ in length"
+    if any(any(getattr(module, "use_dora", {}).values()) for module in model.modules()):
+        return "recorded", "one CUDA graph a batch; DoRA's norms do not compile"
+    if compiled != "auto":
+        return ("compiled" if compiled == "always" else "recorded"), f"train.compile is {compiled}"
+    work = sum(value.numel() for value in model.parameters()) * tokens
+    way = "compiled" if work >= WORTH_IT else "recorded"
+    return way, f"{work:.1e} parameters x tokens; from {WORTH_IT:.0e} on, compilation is worth the seconds it takes"
 
 
 def plain(model: torch.nn.Module, dtype: torch.dtype) -> Gradient:

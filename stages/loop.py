@@ -37,6 +37,7 @@ class Train:
     base_dropout: float
     precision: str
     compile: str
+    deterministic: bool
     validations: int
     checkpoint_every: int | None
 

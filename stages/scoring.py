@@ -18,7 +18,7 @@ def batch(
     No attention mask is needed: padding stands last, and a causal model never looks ahead.
 
     Args:
-        shape: pads both up to it, with rows that are nothing but padding.
+        shape: pads both up to it, with rows that are nothing but padding; no wider than the rows are.
     """
     lengths = rows.lengths[places].astype(np.int64)
     height, width = shape or (len(places), int(lengths.max()) - 1)

@@ -70,6 +70,8 @@ def main(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path) 
     place = device.pick_device()
     dtype = device.compute_dtype(options.precision, place)
     say(f"train: {method} on {device.describe(place)}, {str(dtype).removeprefix('torch.')}")
+    if options.deterministic and place.type == "cuda":
+        device.make_deterministic()
     torch.manual_seed(seed)
     network, taken = build(base, method, quantization, low_rank, dtype)
     split, held_out = rows.load(tokens, "train"), rows.load(tokens, "validation")

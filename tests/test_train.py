@@ -39,6 +39,7 @@ def options(**changes) -> loop.Train:
         "base_dropout": 0.0,
         "precision": "fp32",
         "compile": "auto",
+        "deterministic": False,
         "validations": 2,
         "checkpoint_every": 0,
     }

@@ -1,0 +1,227 @@
+"""The three ways to a batch's gradient: which is taken when, and that all give the same.
+
+`TEST_ON_GPU=1 pytest tests/test_gradient.py` runs what needs a GPU as well.
+"""
+
+import functools
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import torch._dynamo
+import torch.nn.functional as F
+from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, MistralConfig
+
+from benchmarks import random_inputs, workspace
+from stages import attention, gradient, likelihood, loop, lora, model, rows, scoring
+from stages.command import digests
+from stages.cross_entropy import IGNORED
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+GPU = torch.device("cuda")
+on_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU and TEST_ON_GPU=1")
+NF4 = model.Quantization(bits=4, quant_type="nf4", double_quant=True)
+INT8 = model.Quantization(bits=8, quant_type="nf4", double_quant=False)
+FULL_ROWS = [17] * 6
+FP32 = torch.float32
+
+
+def make_rows(lengths: list[int]) -> rows.Rows:
+    ids = np.random.default_rng(0).integers(1, 300, (len(lengths), max(lengths))).astype(np.uint16)
+    return rows.Rows(ids, np.array(lengths, np.int32))
+
+
+def adapted(folder, quantization=None, dropout=0.0, **changes) -> torch.nn.Module:
+    torch.manual_seed(0)
+    network = lora.attach(
+        model.load_base(folder, quantization, FP32), tiny.low_rank(r=4, alpha=8, dropout=dropout, **changes)
+    )
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(0, 0.02, generator=torch.Generator(DEVICE).manual_seed(0))
+    loop.set_dropout(network, 0.0)
+    return network.train()
+
+
+def results(network, add: gradient.Gradient, split: rows.Rows, batch_size=4) -> tuple[float, list[torch.Tensor]]:
+    """Return the loss of one step over all rows, and the gradients it leaves."""
+    for parameter in network.parameters():
+        if parameter.grad is not None:
+            parameter.grad.zero_()
+    nll = float(loop.accumulate(add, split, np.arange(len(split)), batch_size))
+    return nll, [parameter.grad.clone() for parameter in network.parameters() if parameter.requires_grad]
+
+
+# The choice
+
+
+@pytest.mark.parametrize(
+    ("changes", "device", "way", "reason"),
+    [
+        ({}, torch.device("cpu"), "eager", "for GPUs"),
+        ({"lengths": [17, 17, 5, 5]}, GPU, "eager", "differ in length"),
+        ({"lengths": [*FULL_ROWS, 12]}, GPU, "recorded", "worth"),
+        ({"quantization": INT8}, GPU, "eager", "outliers"),
+        ({"quantization": NF4}, GPU, "recorded", "worth"),
+        ({"use_dora": True, "compiled": "always"}, GPU, "recorded", "DoRA"),
+        ({"tokens": 10**13}, GPU, "compiled", "worth"),
+        ({"tokens": 10**13, "compiled": "never"}, GPU, "recorded", "never"),
+        ({"compiled": "always"}, GPU, "compiled", "always"),
+    ],
+    ids=str,
+)
+def test_the_way_follows_from_device_rows_method_and_length_of_the_run(tiny_model, changes, device, way, reason):
+    changes = dict(changes)
+    split, tokens = make_rows(changes.pop("lengths", FULL_ROWS)), changes.pop("tokens", 1000)
+    compiled = changes.pop("compiled", "auto")
+    found = gradient.choose(adapted(tiny_model, **changes), split, tokens, compiled, device)
+    assert found[0] == way
+    assert reason in found[1]
+
+
+def test_the_line_says_which_way_and_why(tiny_model, capsys):
+    add = gradient.prepare(adapted(tiny_model), make_rows(FULL_ROWS), 4, "auto", 10, FP32)
+    if DEVICE.type == "cpu":
+        assert capsys.readouterr().out == "train: eager steps: CUDA graphs are for GPUs\n"
+        assert add.shape is None
+    else:
+        assert capsys.readouterr().out.startswith("train: recorded steps: ")
+        assert add.shape == (4, 16)
+
+
+# The same gradient
+
+
+@pytest.mark.parametrize("changes", [{}, {"bits": 8}, {"bits": 4}, {"quantization": NF4}], ids=str)
+def test_layers_are_traced_whole_and_once_for_all(tiny_model, monkeypatch, changes):
+    network, split = adapted(tiny_model, **changes), make_rows([17] * 4)
+    expected = results(network, gradient.plain(network, FP32), split)
+    eager = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", eager)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    gradient.compile_layers(network)
+    nll, found = results(network, gradient.plain(network, FP32), split)
+    counters = torch._dynamo.utils.counters
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 1
+    assert nll == pytest.approx(expected[0], rel=1e-6)
+    for one, other in zip(expected[1], found, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-6)
+    scored = likelihood.score(network, split, 2, FP32, "")
+    assert scored.nll == pytest.approx(nll, rel=1e-5)
+    assert counters["stats"]["unique_graphs"] == 1  # scoring has other shapes, and compiles nothing
+
+
+def test_rows_that_fill_a_batch_up_change_nothing(tiny_model):
+    network, split = adapted(tiny_model), make_rows([17, 9, 17])
+    add = gradient.plain(network, FP32)
+    expected = results(network, add, split)
+    add.shape = (4, 16)
+    inputs, targets = scoring.batch(split, np.arange(3), DEVICE, add.shape)
+    assert inputs.shape == targets.shape == (4, 16)
+    assert int((targets != IGNORED).sum()) == split.targets
+    nll, found = results(network, add, split)
+    assert nll == pytest.approx(expected[0], rel=1e-6)
+    for one, other in zip(expected[1], found, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-6)
+
+
+@on_gpu
+@pytest.mark.parametrize("compiled", ["never", "always"])
+@pytest.mark.parametrize("changes", [{}, {"bits": 8}, {"bits": 4}, {"use_dora": True}, {"quantization": NF4}], ids=str)
+def test_a_recorded_step_gives_what_an_eager_one_gives(tiny_model, compiled, changes):
+    network, split = adapted(tiny_model, **changes), make_rows([17] * 5)  # a whole batch, and one that is filled up
+    expected = results(network, gradient.plain(network, FP32), split)
+    random = torch.cuda.get_rng_state()
+    add = gradient.prepare(network, split, 4, compiled, 1, FP32)
+    assert add.shape == (4, 16)
+    assert torch.equal(torch.cuda.get_rng_state(), random)
+    for _ in range(2):
+        nll, found = results(network, add, split)
+        assert nll == pytest.approx(expected[0], rel=1e-5)
+        for one, other in zip(expected[1], found, strict=True):
+            torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-5)
+
+
+@on_gpu
+def test_each_replay_draws_its_own_dropout(tiny_model):
+    network, split = adapted(tiny_model, dropout=0.5), make_rows([17] * 4)
+    add = gradient.prepare(network, split, 4, "never", 1, FP32)
+    losses = {results(network, add, split)[0] for _ in range(5)}
+    assert len(losses) == 5
+    state = torch.cuda.get_rng_state()
+    again = []
+    for _ in range(2):
+        torch.cuda.set_rng_state(state)
+        again.append(results(network, add, split)[0])
+    assert again[0] == again[1]
+
+
+@on_gpu
+@pytest.mark.parametrize(
+    "values", [{"train.compile": "always"}, {"train.compile": "never"}, {"method": "full"}], ids=str
+)
+def test_a_deterministic_run_gives_the_same_bytes_on_a_gpu(tiny_model, tmp_path, values):
+    tokens = random_inputs.tokens(tmp_path, tiny_model, 32, 64)
+    settings = {"method": "lora", "train.batch_size": 8, "train.deterministic": True, "train.validations": 2} | values
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        workspace.write_params(folder, settings)
+        (folder / "data").mkdir()
+        (folder / "data" / "base").symlink_to(tiny_model)
+        (folder / "data" / "tokens").symlink_to(tokens)
+        assert workspace.run_stage("train", folder) is None
+    one, two = (digests(tmp_path / name / "data" / "adapter") for name in ("one", "two"))
+    assert one == two
+    assert any(name.endswith(".safetensors") for name in one)
+
+
+# Attention
+
+
+@pytest.mark.parametrize("heads", [4, 2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_attention_is_that_of_the_formula(heads, dtype):
+    torch.manual_seed(0)
+    query = torch.randn(2, 4, 5, 8, dtype=torch.float64).to(dtype)
+    key, value = (torch.randn(2, heads, 5, 8, dtype=torch.float64).to(dtype) for _ in range(2))
+    found, weights = attention.causal(torch.nn.Module(), query, key, value, None, scaling=0.3)
+    wide = [part.double().repeat_interleave(4 // heads, 1) for part in (key, value)]
+    scores = 0.3 * query.double() @ wide[0].transpose(2, 3)
+    scores = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf)
+    expected = (F.softmax(scores, -1) @ wide[1]).transpose(1, 2)
+    assert weights is None
+    assert found.dtype == dtype
+    torch.testing.assert_close(
+        found.double(), expected, **({} if dtype == torch.float64 else {"rtol": 0.02, "atol": 0.02})
+    )
+
+
+def test_a_token_generated_after_others_reads_them_all(tiny_model):
+    network = model.load_base(tiny_model, None, FP32).eval()
+    assert network.config._attn_implementation == attention.NAME
+    ids = torch.randint(1, 300, (1, 12), device=DEVICE)
+    with torch.no_grad():
+        expected = network(input_ids=ids).logits[:, -1]
+        cached = network(input_ids=ids[:, :-1], use_cache=True).past_key_values
+        found = network(input_ids=ids[:, -1:], past_key_values=cached).logits[:, -1]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_with_a_sliding_window_keeps_its_mask(tmp_path):
+    assert attention.fits(GPT2Config())
+    assert attention.fits(LlamaConfig())
+    assert not attention.fits(MistralConfig(sliding_window=4))
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=300, num_key_value_heads=2, max_position_embeddings=64, **size)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    ids, logits = torch.randint(1, 300, (1, 12)), []
+    ours = model.load_base(tmp_path, None, FP32)
+    assert ours.config._attn_implementation == attention.NAME
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path).to(DEVICE)
+    with torch.no_grad():
+        logits = [network.eval()(input_ids=ids.to(DEVICE)).logits for network in (ours, theirs)]
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
