@@ -103,17 +103,24 @@ def main(
         options |= {"batch-size": row.batch_size, "steps": count, "warmup": min(warmup, count // 2)}
         results.append(compare(row, *alternate(row, options, repeats)))
         results[-1]["of_ceiling"] = share(row, results[-1], model, data, ceiling["tflops"])
+        text = write(out, results, clock, around)
     if STAGE in names or not names:
         stage_size, block_size, count = STAGE_SIZES[ceiling["device"]]
         model = base.resolve() if base else random_inputs.model(work, size or stage_size)
         data = tokens.resolve() if tokens else random_inputs.tokens(work, model, block_size, count)
         clock = wall_clocks(model, data, work / "stage", repeats)
+        text = write(out, results, clock, around)
+    say(f"\n{text}")
+
+
+def write(out: Path, results: list[dict], clock: dict | None, around: dict[str, str]) -> str:
+    """Write what is measured so far into OUT; return the text of its tables."""
     text = report(results, clock, around)
     with whole(out / "train.md") as file:
         file.write_text(text, encoding="utf-8")
     with whole(out / "train.json") as file:
         file.write_text(json.dumps({"around": around, "rows": results, "stage": clock}, indent=2) + "\n")
-    say(f"\n{text}")
+    return text
 
 
 def alternate(row: Row, options: dict, repeats: int) -> tuple[list[dict], list[dict]]:
