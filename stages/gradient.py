@@ -5,11 +5,15 @@
 - compiled: the same, of kernels that torch.compile makes of the layers and of the softmax. That takes seconds first.
 """
 
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 
+from stages import params
 from stages.command import say
 from stages.cross_entropy import to_probabilities
 from stages.rows import Rows
@@ -65,26 +69,28 @@ def choose(model: torch.nn.Module, train: Rows, tokens: int, compiled: str, devi
         return "eager", "rows differ in length"
     if any(any(getattr(module, "use_dora", {}).values()) for module in model.modules()):
         return "recorded", "one CUDA graph a batch; DoRA's norms do not compile"
-    if compiled != "auto":
-        return ("compiled" if compiled == "always" else "recorded"), f"train.compile is {compiled}"
+    if compiled == "never":
+        return "recorded", "train.compile is never"
+    if lacking := lacks():
+        params.require(compiled == "auto", "train.compile", compiled, f"auto or never, without {lacking}")
+        return "recorded", f"to compile them takes {lacking}"
+    if compiled == "always":
+        return "compiled", "train.compile is always"
     work = sum(value.numel() for value in model.parameters()) * tokens
     way = "compiled" if work >= WORTH_IT else "recorded"
     return way, f"{work:.1e} parameters x tokens; from {WORTH_IT:.0e} on, compilation is worth the seconds it takes"
 
 
+def lacks() -> str | None:
+    """Return what torch.compile needs on a GPU and is not here."""
+    if find_spec("triton") is None:
+        return "Triton"
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")  # as Triton looks for one
+    return None if compiler else "a C compiler"
+
+
 def plain(model: torch.nn.Module, dtype: torch.dtype) -> Gradient:
     return Gradient(eager(model, dtype, to_probabilities), next(model.parameters()).device, None)
-
-
-def must_be_eager(model: torch.nn.Module, train: Rows, device: torch.device) -> str | None:
-    """Return why no step can be recorded, or None."""
-    if device.type != "cuda":
-        return "CUDA graphs are for GPUs"
-    if any(type(module).__name__ == "Linear8bitLt" for module in model.modules()):
-        return "8-bit layers look for outliers in their input, and Python waits for what they find"
-    if train.targets < FULL * len(train) * (int(train.lengths.max()) - 1):
-        return "rows differ in length"
-    return None
 
 
 def eager(model: torch.nn.Module, dtype: torch.dtype, softmax: Callable) -> Callable:

@@ -15,7 +15,7 @@ from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, MistralConfi
 
 from benchmarks import random_inputs, workspace
 from stages import attention, gradient, likelihood, loop, lora, model, rows, scoring
-from stages.command import digests
+from stages.command import Stop, digests
 from stages.cross_entropy import IGNORED
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -72,13 +72,28 @@ def results(network, add: gradient.Gradient, split: rows.Rows, batch_size=4) -> 
     ],
     ids=str,
 )
-def test_the_way_follows_from_device_rows_method_and_length_of_the_run(tiny_model, changes, device, way, reason):
+def test_the_way_follows_from_device_rows_method_and_length_of_the_run(
+    tiny_model, monkeypatch, changes, device, way, reason
+):
+    monkeypatch.setattr(gradient, "lacks", lambda: None)
     changes = dict(changes)
     split, tokens = make_rows(changes.pop("lengths", FULL_ROWS)), changes.pop("tokens", 1000)
     compiled = changes.pop("compiled", "auto")
     found = gradient.choose(adapted(tiny_model, **changes), split, tokens, compiled, device)
     assert found[0] == way
     assert reason in found[1]
+
+
+def test_without_a_compiler_nothing_is_compiled(tiny_model, monkeypatch):
+    monkeypatch.setattr(gradient, "find_spec", lambda name: name)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    way, reason = gradient.choose(adapted(tiny_model), make_rows(FULL_ROWS), 10**13, "auto", GPU)
+    assert (way, reason) == ("recorded", "to compile them takes a C compiler")
+    with pytest.raises(Stop, match=r"train\.compile: expected auto or never, without a C compiler, not 'always'"):
+        gradient.choose(adapted(tiny_model), make_rows(FULL_ROWS), 1, "always", GPU)
+    monkeypatch.setattr(gradient, "find_spec", lambda name: None)
+    assert gradient.lacks() == "Triton"
 
 
 def test_the_line_says_which_way_and_why(tiny_model, capsys):
