@@ -23,6 +23,7 @@ MODEL_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "tokenizer.model"),
 )
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Read when the libraries are imported. Xet, the hub's own protocol for large files, retries for 4.5 minutes in
 # silence behind a firewall that lets the hub through and not its storage; plain HTTP gives up in time.
 SETTINGS = {
@@ -47,7 +48,7 @@ def fetch_model(repo_id: str, revision: str | None) -> Path:
         from huggingface_hub import get_cached_repo_tree
 
         names = [file.path for file in get_cached_repo_tree(repo_id, revision=revision)]
-        pickles = ", ".join(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl")))
+        pickles = ", ".join(name for name in names if name.endswith(PICKLES))
         refused = f" but {pickles}: pickled weights can run code, so they are refused" if pickles else ""
         raise Stop(f"model {repo_id}: expected *.safetensors at {revision}, which has none{refused}")
     return folder
@@ -117,7 +118,7 @@ def _snapshot(
     set_client_factory(download.client)
     if not COMMIT.fullmatch(revision or ""):
         advice = _full_hash(kind, repo_id, revision or "main")
-        raise Stop(f"{what}: expected a full commit hash as its revision, not {revision!r}{advice}")
+        raise Stop(f"{what}: expected a full commit hash as its revision, not {revision!r}: {advice}")
     try:
         return _fetched(kind, repo_id, revision, {"allow_patterns": files, "ignore_patterns": but or None}, needed)
     except OSError as error:
@@ -141,17 +142,18 @@ def _check_endpoint() -> None:
 
 
 def _full_hash(kind: str, repo_id: str, revision: str) -> str:
-    """Say which full hash to write for a branch, a tag or the beginning of a hash, where the hub can tell."""
-    from huggingface_hub import HfApi, errors
+    """Say which full hash to write for a branch, a tag or the beginning of a hash, or where they are listed."""
+    from huggingface_hub import HfApi, constants, errors
 
     with contextlib.suppress(errors.HTTPError, OSError, ValueError):
         try:
-            return f"; {revision} is now {_commit(kind, repo_id, revision)}"
+            return f"write {_commit(kind, repo_id, revision)}, which {revision} is now"
         except errors.RevisionNotFoundError:  # the hub itself knows no short hashes
             commits = download.in_time(lambda: HfApi().list_repo_commits(repo_id, repo_type=kind))
             found = [commit.commit_id for commit in commits if commit.commit_id.startswith(revision)]
-            return f"; {' or '.join(found)} begins so" if found else f"; {repo_id} has no such revision"
-    return ""
+            if found:
+                return f"write {' or '.join(found)}"
+    return f"see {constants.ENDPOINT}/{'datasets/' * (kind == 'dataset')}{repo_id}/commits/main"
 
 
 def _fetched(kind: str, repo_id: str, revision: str, chosen: dict, needed: Sequence[str]) -> Path:
@@ -173,6 +175,8 @@ def _fetched(kind: str, repo_id: str, revision: str, chosen: dict, needed: Seque
     except errors.HfHubHTTPError as error:
         raise _explain(error, what, revision) from error
     except (errors.HTTPError, OSError, ValueError) as error:
+        if getattr(error, "errno", None):
+            raise
         with contextlib.suppress(errors.LocalEntryNotFoundError):
             folder = Path(fetch(local_files_only=True))
             if all(any(folder.glob(pattern)) for pattern in needed):
