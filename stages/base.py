@@ -1,7 +1,7 @@
 """base: the frozen base model, from the hub at a pinned revision, from a folder, or made for the sample.
 
 in   params.yaml: preset, presets.<preset>.model, .model_revision, seed
-out  data/base: config.json, tokenizer.json, *.safetensors
+out  data/base: config.json, tokenizer.json, *.safetensors; manifest.json, their digests
      data/environment/base.json: what ran where, and how long
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 
 from stages import environment, hub, params, sources
-from stages.command import Stop, say, stage, whole
+from stages.command import MANIFEST, Stop, digests, say, stage, whole
 
 FILES = ("config.json", "generation_config.json", "tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json")
 SLOW_TOKENIZERS = (("vocab.json", "merges.txt"), ("tokenizer.model",))
@@ -46,6 +46,7 @@ def main(out: Path) -> None:
         write_fast_tokenizer(folder, preset.model)
         size = check_vocabulary(folder, preset.model)
         check_code(folder, preset.model)
+        (folder / MANIFEST).write_text(json.dumps({"files": digests(folder)}, indent=2) + "\n")
     environment.write(out, "base", started, preset=name, model=preset.model, revision=preset.model_revision)
     say(f"base: {out} holds {preset.model}, {size:,} tokens in its vocabulary")
 

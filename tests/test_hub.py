@@ -407,6 +407,7 @@ def test_base_and_prepare_write_what_the_hub_serves(hub, home, project, repos, t
     for stage in ("base", "prepare"):
         tiny.run(project, sys.executable, "-m", f"stages.{stage}", HF_ENDPOINT=hub.url, HF_HOME=str(home))
     base = {path.name: path.read_bytes() for path in (project / "data/base").iterdir()}
+    assert set(json.loads(base.pop("manifest.json"))["files"]) == base.keys()
     assert base == {path.name: path.read_bytes() for path in tiny_model.iterdir()}
     for split, rows in SPLITS.items():
         text = (project / f"data/raw/{split}.txt").read_bytes().decode()
