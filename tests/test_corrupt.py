@@ -71,12 +71,12 @@ def test_a_damaged_file_is_named_by_the_stage_that_reads_it(data, stage, name, d
 def test_dvc_puts_back_a_base_that_changed(project):
     file = project / "data/base/model.safetensors"
     tiny.run(project, "dvc", "repro", "base")
-    made = file.read_bytes()
+    before = file.read_bytes()
     file.unlink()  # DVC may have linked it to its cache
-    file.write_bytes(made)
+    file.write_bytes(before)
     flip(file)
     assert "Stage 'base' is cached - skipping run" in tiny.run(project, "dvc", "repro", "base")
-    assert file.read_bytes() == made
+    assert file.read_bytes() == before
 
 
 @pytest.mark.parametrize("content", ["", "{", "{}", "[]"])

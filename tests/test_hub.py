@@ -229,7 +229,8 @@ def test_a_hub_out_of_reach_ends_in_one_line_within_15_seconds(unreachable, name
 def test_what_the_hub_does_not_have_is_named(hub, home, kind):
     assert f"{kind} tiny/none: {hub.url} has none" in fetch(kind, hub.url, home, repo="tiny/none").error
     assert f"no revision {NONE}" in fetch(kind, hub.url, home, revision=NONE).error
-    for status, path in ((401, "/"), (403, "/"), (401, "/resolve/")):  # the last: shown to all, given to some
+    # The last is shown to all and given to some.
+    for status, path in ((401, "/"), (403, "/"), (404, "/"), (401, "/resolve/")):
         hub.faults[:] = [Fault("status", path, status=status)]
         assert f"`hf auth login` (HTTP {status})" in fetch(kind, hub.url, home).error
 
