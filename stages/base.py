@@ -1,7 +1,7 @@
 """base: the frozen base model, from the hub at a pinned revision, from a folder, or made for the sample.
 
 in   params.yaml: preset, presets.<preset>.model, .model_revision, seed
-out  data/base: config.json, tokenizer.json, *.safetensors
+out  data/base: config.json, tokenizer.json, *.safetensors; manifest.json, their digests
      data/environment/base.json: what ran where, and how long
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 
 from stages import environment, hub, params, sources
-from stages.command import Stop, say, stage, whole
+from stages.command import MANIFEST, Stop, digests, say, stage, whole
 
 FILES = ("config.json", "generation_config.json", "tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json")
 SLOW_TOKENIZERS = (("vocab.json", "merges.txt"), ("tokenizer.model",))
@@ -45,6 +45,8 @@ def main(out: Path) -> None:
         check_weights(folder, preset.model)
         write_fast_tokenizer(folder, preset.model)
         size = check_vocabulary(folder, preset.model)
+        check_code(folder, preset.model)
+        (folder / MANIFEST).write_text(json.dumps({"files": digests(folder)}, indent=2) + "\n")
     environment.write(out, "base", started, preset=name, model=preset.model, revision=preset.model_revision)
     say(f"base: {out} holds {preset.model}, {size:,} tokens in its vocabulary")
 
@@ -55,7 +57,7 @@ def copy_model(source: Path, folder: Path) -> None:
     if not (source / "config.json").is_file():
         raise Stop(f"{source}: no config.json: expected a folder written by transformers' save_pretrained")
     if not any(path.suffix == ".safetensors" for path in weights):
-        pickles = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in sorted(source.glob(pattern))]
+        pickles = sorted(path.name for path in source.iterdir() if path.suffix in hub.PICKLES)
         refused = f" ({', '.join(pickles)}: pickled weights can run code, so they are refused)" if pickles else ""
         raise Stop(f"{source}: no *.safetensors{refused}: save the model with save_pretrained of transformers")
     others = [path for pattern in FILES for path in sorted(source.glob(pattern)) if path.is_file()]
@@ -85,7 +87,7 @@ def write_fast_tokenizer(folder: Path, name: str) -> None:
     from transformers import AutoTokenizer
 
     try:
-        AutoTokenizer.from_pretrained(folder, local_files_only=True).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False).save_pretrained(folder)
     except (OSError, ValueError, TypeError) as error:
         raise absent from error
     if not (folder / "tokenizer.json").is_file():
@@ -108,6 +110,20 @@ def check_vocabulary(folder: Path, name: str) -> int:
     if size > embedding:
         raise Stop(f"{name}: the tokenizer has {size:,} tokens, the embedding only {embedding:,} rows: not a pair")
     return size
+
+
+def check_code(folder: Path, name: str) -> None:
+    """Stop at a model that needs code of its own, which is never run. Where transformers has its own, that is taken."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if "auto_map" not in config:
+        return
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    kind = config.get("model_type")
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise Stop(
+            f"{name}: transformers has no language model {kind!r}, and code that comes with a model is never run"
+        )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import json
 import logging
 import os
 import re
@@ -17,6 +18,7 @@ import click
 
 # What NumPy and safetensors say, in errors without a number, when a disk is full.
 FULL = re.compile(r"\d+ requested and \d+ written|No space left on device")
+MANIFEST = "manifest.json"
 
 
 class Stop(click.ClickException):
@@ -90,6 +92,18 @@ def digests(folder: Path, pattern: str = "*") -> dict[str, str]:
         with path.open("rb") as file:
             found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
+
+
+def recorded(folder: Path, maker: str) -> dict:
+    """Return the manifest of a folder that the stage `maker` wrote; stop unless its files are still those."""
+    file = need(folder / MANIFEST, maker)
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        files = manifest["files"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise Stop(f"{file} is damaged ({error}): run `dvc repro --force {maker}`") from error
+    same(folder, files, str(file), maker)
+    return manifest
 
 
 def same(folder: Path, expected: dict[str, str], since: str, maker: str) -> None:

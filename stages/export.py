@@ -131,7 +131,7 @@ def sample_rows(tokens: Path, base: Path) -> "tuple[Rows, str]":
         split = rows.load(tokens, "validation")
         sample = rows.Rows(split.ids[:ROWS], split.lengths[:ROWS])
         return sample, f"{sample.targets:,} tokens of the validation split"
-    config = AutoConfig.from_pretrained(base, local_files_only=True)
+    config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
     length = min(RANDOM_TOKENS, getattr(config, "max_position_embeddings", RANDOM_TOKENS)) + 1
     ids = np.random.default_rng(0).integers(config.vocab_size, size=(ROWS, length), dtype=np.uint32)
     sample = rows.Rows(ids, np.full(ROWS, length, dtype=np.int32))

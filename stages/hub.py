@@ -6,24 +6,24 @@ no setting.
 
 import contextlib
 import functools
-import hashlib
 import os
 import re
-import threading
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from stages.command import Stop, say
+from stages import download
+from stages.command import Stop
 
-DEADLINE = 8  # seconds for the hub's first answer: where there is no hub, a stage ends within 15
 COMMIT = re.compile(r"[0-9a-f]{40}")
+HOST = re.compile(r"[\w.:%-]+")
 SPLITS = ("train", "validation", "test")
 MODEL_FILES = (
     *("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "tokenizer.model"),
 )
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Read when the libraries are imported. Xet, the hub's own protocol for large files, retries for 4.5 minutes in
 # silence behind a firewall that lets the hub through and not its storage; plain HTTP gives up in time.
 SETTINGS = {
@@ -48,7 +48,7 @@ def fetch_model(repo_id: str, revision: str | None) -> Path:
         from huggingface_hub import get_cached_repo_tree
 
         names = [file.path for file in get_cached_repo_tree(repo_id, revision=revision)]
-        pickles = ", ".join(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl")))
+        pickles = ", ".join(name for name in names if name.endswith(PICKLES))
         refused = f" but {pickles}: pickled weights can run code, so they are refused" if pickles else ""
         raise Stop(f"model {repo_id}: expected *.safetensors at {revision}, which has none{refused}")
     return folder
@@ -109,19 +109,58 @@ def _snapshot(
     Args:
         needed: what an offline cache must hold for `files` where nothing tells what the repository has.
     """
+    _check_endpoint()
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    from huggingface_hub import errors, get_cached_repo_tree, set_client_factory, snapshot_download
+    from huggingface_hub import constants, set_client_factory
 
     what = f"{kind} {repo_id}"
-    set_client_factory(_client)
+    set_client_factory(download.client)
     if not COMMIT.fullmatch(revision or ""):
-        line = f"{what}: expected a full commit hash as its revision, not {revision!r}"
-        with contextlib.suppress(errors.HTTPError, OSError, ValueError):
-            line += f"; {revision or 'main'} is now {_commit(kind, repo_id, revision or 'main')}"
-        raise Stop(line)
+        advice = _full_hash(kind, repo_id, revision or "main")
+        raise Stop(f"{what}: expected a full commit hash as its revision, not {revision!r}: {advice}")
+    try:
+        return _fetched(kind, repo_id, revision, {"allow_patterns": files, "ignore_patterns": but or None}, needed)
+    except OSError as error:
+        if not error.errno:
+            raise
+        # Of this machine: what comes from the hub has no number.
+        advice = "make room there, or set HF_HOME to a folder that can be written"
+        raise Stop(f"{what}: {error.strerror}: {error.filename or constants.HF_HUB_CACHE}: {advice}") from error
 
-    chosen = {"allow_patterns": files, "ignore_patterns": but or None}
+
+def _check_endpoint() -> None:
+    """Stop at an HF_ENDPOINT that is no address, before the hub client trips over it."""
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        parts = urlsplit(endpoint)
+        good = parts.scheme in ("http", "https") and HOST.fullmatch(parts.hostname or "") and parts.port != 0
+    except ValueError:  # a port above 65535, for one
+        good = False
+    if not good:
+        raise Stop(f"HF_ENDPOINT: expected an address such as https://huggingface.co, not {endpoint!r}")
+
+
+def _full_hash(kind: str, repo_id: str, revision: str) -> str:
+    """Say which full hash to write for a branch, a tag or the beginning of a hash, or where they are listed."""
+    from huggingface_hub import HfApi, constants, errors
+
+    with contextlib.suppress(errors.HTTPError, OSError, ValueError):
+        try:
+            return f"write {_commit(kind, repo_id, revision)}, which {revision} is now"
+        except errors.RevisionNotFoundError:  # the hub itself knows no short hashes
+            commits = download.in_time(lambda: HfApi().list_repo_commits(repo_id, repo_type=kind))
+            found = [commit.commit_id for commit in commits if commit.commit_id.startswith(revision)]
+            if found:
+                return f"write {' or '.join(found)}"
+    return f"see {constants.ENDPOINT}/{'datasets/' * (kind == 'dataset')}{repo_id}/commits/main"
+
+
+def _fetched(kind: str, repo_id: str, revision: str, chosen: dict, needed: Sequence[str]) -> Path:
+    """Do as `_snapshot` says. An OSError with a number is one of this machine."""
+    from huggingface_hub import errors, get_cached_repo_tree, snapshot_download
+
+    what = f"{kind} {repo_id}"
     fetch = functools.partial(snapshot_download, repo_id, repo_type=kind, revision=revision, **chosen)
     try:
         get_cached_repo_tree(repo_id, repo_type=kind, revision=revision)  # or else `fetch` returns parts for the whole
@@ -132,78 +171,54 @@ def _snapshot(
         pass  # not here yet, or not all of it
 
     try:
-        _commit(kind, repo_id, revision)
+        download.patiently(lambda: _commit(kind, repo_id, revision), what)
     except errors.HfHubHTTPError as error:
-        if error.response.status_code < 500 and error.response.status_code not in (408, 429):
-            raise _explain(error, what, revision) from error
-        say(f"the hub answers HTTP {error.response.status_code} for {what}: trying for a while")
+        raise _explain(error, what, revision) from error
     except (errors.HTTPError, OSError, ValueError) as error:
+        if getattr(error, "errno", None):
+            raise
         with contextlib.suppress(errors.LocalEntryNotFoundError):
             folder = Path(fetch(local_files_only=True))
             if all(any(folder.glob(pattern)) for pattern in needed):
                 return _intact(folder, what, chosen)
         raise _explain(error, what, revision) from error
 
+    def pull() -> str:
+        download.files(kind, repo_id, revision, chosen)
+        return fetch()
+
     try:
-        return _intact(Path(fetch()), what, chosen)
+        return _intact(Path(download.patiently(pull, what, download.Break)), what, chosen)
+    except download.Damaged as error:
+        raise Stop(f"{what}: {error} came damaged and was removed: run again") from error
     except errors.LocalEntryNotFoundError as error:
         raise _explain(error.__cause__ or error, what, revision) from error
     except (errors.HTTPError, OSError, ValueError) as error:
         if getattr(error, "errno", None):
-            raise  # of this machine: a full disk, for one
+            raise
         raise _explain(error, what, revision) from error
 
 
-def _client():
-    """A client whose requests all end: where it lists a repository, the hub client sets no time limit at all."""
-    from huggingface_hub import constants
-    from huggingface_hub.errors import OfflineModeIsEnabled
-    from huggingface_hub.utils import httpx
-
-    def limit(request) -> None:
-        if constants.is_offline_mode():
-            raise OfflineModeIsEnabled("HF_HUB_OFFLINE is set")
-        most = constants.HF_HUB_DOWNLOAD_TIMEOUT  # seconds without a byte: 10 unless the user says otherwise
-        waits = request.extensions["timeout"]
-        request.extensions["timeout"] = {phase: min(wait or most, most) for phase, wait in waits.items()}
-
-    return httpx.Client(event_hooks={"request": [limit]}, follow_redirects=True, timeout=None)
-
-
 def _commit(kind: str, repo_id: str, revision: str) -> str:
-    """Ask the hub which commit `revision` is, and whether it is there at all.
-
-    In a thread: a socket's time limit covers neither the resolution of names nor an answer that trickles in.
-
-    Raises:
-        TimeoutError: no answer within DEADLINE; else whatever the hub client raises.
-    """
+    """Ask the hub which commit `revision` is, and whether it is there at all."""
     from huggingface_hub import HfApi
 
-    answer = Future()
-
-    def ask() -> None:
-        try:
-            answer.set_result(HfApi().repo_info(repo_id, repo_type=kind, revision=revision).sha)
-        except BaseException as error:  # for the caller to raise
-            answer.set_exception(error)
-
-    threading.Thread(target=ask, daemon=True).start()
-    return answer.result(timeout=DEADLINE)
+    return download.in_time(lambda: HfApi().repo_info(repo_id, repo_type=kind, revision=revision).sha)
 
 
 def _explain(error: Exception, what: str, revision: str) -> Stop:
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 
-    hub, reason = constants.ENDPOINT, str(error) or f"no answer within {DEADLINE} s"
+    hub, reason = constants.ENDPOINT, download.reason(error)
     if isinstance(error, RevisionNotFoundError):
         return Stop(f"{what}: {hub} has no revision {revision} of it")
-    if isinstance(error, HfHubHTTPError):
-        reason = f"HTTP {error.response.status_code}"
-        if error.response.status_code in (401, 403, 404):
-            return Stop(f"{what}: {hub} has none by this name, or shows it only after `hf auth login` ({reason})")
-    return Stop(f"cannot fetch {what} from {hub} ({reason}); `dvc exp run -S preset=sample` runs without it")
+    if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403, 404):
+        return Stop(f"{what}: {hub} has none by this name, or shows it only after `hf auth login` ({reason})")
+    return Stop(
+        f"cannot fetch {what} from {hub} ({reason}): run again later, it goes on from what came; "
+        "`dvc exp run -S preset=sample` runs without it"
+    )
 
 
 def _intact(folder: Path, what: str, chosen: dict) -> Path:
@@ -213,14 +228,10 @@ def _intact(folder: Path, what: str, chosen: dict) -> Path:
     links = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_symlink()}
     damaged = []
     for name in filter_repo_objects(links, **chosen):
-        # The cache names a content as the hub does: git's sha1 of a small file, sha256 of a large one. Some mirrors
-        # have other names, and a disk without links has none.
+        # The cache names a content as the hub does. Some mirrors have other names, and a disk without links has none.
         digest = Path(os.readlink(links[name])).name
-        git = functools.partial(hashlib.sha1, b"blob %d\0" % links[name].stat().st_size)
-        method = {40: git, 64: "sha256"}.get(len(digest))
-        with links[name].open("rb") as file:
-            if method and hashlib.file_digest(file, method).hexdigest() != digest:
-                damaged.append(name)
+        if download.DIGEST.fullmatch(digest) and not download.right(links[name], digest):
+            damaged.append(name)
     for name in damaged:
         links[name].resolve().unlink()
         links[name].unlink()

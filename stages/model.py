@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from stages import attention, device, lora, params
@@ -39,8 +39,7 @@ def load_base(folder: Path, quantization: Quantization | None, dtype: torch.dtyp
     Args:
         dtype: what quantised layers compute in. Float layers compute in what autocast says.
     """
-    need(folder / "config.json", "base")
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = _config(folder)
     if getattr(config, "activation_function", None) == "gelu_new":
         config.activation_function = "gelu_pytorch_tanh"  # the same function in one kernel instead of six
     place = device.pick_device()
@@ -64,9 +63,9 @@ def load_base(folder: Path, quantization: Quantization | None, dtype: torch.dtyp
 
 def skeleton(folder: Path) -> PreTrainedModel:
     """Return the model in data/base without its weights: what can be checked on it costs no time."""
-    config = AutoConfig.from_pretrained(need(folder / "config.json", "base").parent, local_files_only=True)
+    config = _config(folder)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def check_width(name: str, width: int, place: torch.device) -> None:
@@ -87,8 +86,7 @@ def hold_frozen(model: torch.nn.Module, dtype: torch.dtype) -> None:
 
 def load_published(weights: Path, config: Path) -> PreTrainedModel:
     """Load a folder's weights in fp32, on the CPU, with the configuration of the folder `config` as it stands."""
-    need(config / "config.json", "base")
-    return _load(weights, AutoConfig.from_pretrained(config, local_files_only=True))
+    return _load(weights, _config(config))
 
 
 def load_tuned(base: Path, adapter: Path, dtype: torch.dtype) -> torch.nn.Module:
@@ -150,6 +148,16 @@ def _scales(parameter: torch.nn.Parameter) -> list[torch.Tensor]:
     return [tensor for tensor in held if isinstance(tensor, torch.Tensor)]
 
 
+def _config(folder: Path) -> PretrainedConfig:
+    need(folder / "config.json", "base")
+    try:
+        # Left out, trust_remote_code has transformers ask at the keyboard whether to run a model's own code.
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except ValueError as error:
+        line = f"{folder}/config.json: transformers itself cannot load this model ({error})"
+        raise Stop(f"{line}; code that comes with a model is never run") from error
+
+
 def _load(folder: Path, config, **quantized) -> PreTrainedModel:
     try:
         return AutoModelForCausalLM.from_pretrained(
@@ -159,6 +167,7 @@ def _load(folder: Path, config, **quantized) -> PreTrainedModel:
             attn_implementation=attention.NAME if attention.fits(config) else None,
             use_safetensors=True,
             local_files_only=True,
+            trust_remote_code=False,
             **quantized,
         )
     except (ValueError, SafetensorError) as error:

@@ -5,14 +5,13 @@ A row is `block_size + 1` token ids: its first `block_size` are the inputs, its 
 its id: GPT-2 has no padding token, so padding is <|endoftext|>, which is also a real token elsewhere.
 """
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from stages.command import Stop, need, same
+from stages.command import MANIFEST, Stop, need, recorded, same
 
 SPLITS = ("train", "validation", "test")
 
@@ -102,14 +101,9 @@ def save_parts(parts: Iterable[Rows], width: int, dtype: type, folder: Path, spl
 
 def read_manifest(folder: Path, base: Path) -> dict:
     """Return the manifest of data/tokens; stop unless its arrays and the base model are those it was written of."""
-    file = need(folder / "manifest.json", "tokenize")
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise Stop(f"{file} is damaged ({error}): run `dvc repro --force tokenize`") from error
+    manifest = recorded(folder, "tokenize")
     need(base / "config.json", "base")
-    same(folder, manifest["files"], str(file), "tokenize")
-    same(base, manifest["base"], str(file), "base tokenize")
+    same(base, manifest["base"], str(folder / MANIFEST), "base tokenize")
     return manifest
 
 

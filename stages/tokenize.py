@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import click
 
 from stages import articles, environment, params
-from stages.command import Stop, digests, need, say, stage, whole
+from stages.command import MANIFEST, Stop, digests, need, recorded, say, stage, whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,6 +52,8 @@ def main(raw: Path, base: Path, out: Path) -> None:
 
     tokenize = params.section("tokenize", Tokenize)
     config = json.loads(need(base / "config.json", "base").read_text(encoding="utf-8"))
+    if (base / MANIFEST).exists():  # or else it is a folder that `base` did not write
+        recorded(base, "base")
     block_size = choose_block_size(tokenize.block_size, config)
     tokenizer = load_tokenizer(base)
     end = end_of_text(base, config, tokenizer)
@@ -84,7 +86,7 @@ def main(raw: Path, base: Path, out: Path) -> None:
             "files": digests(folder, "*.npy"),
             "base": digests(base),
         }
-        (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     environment.write(out, "tokenize", started)
 
 

@@ -12,6 +12,7 @@ The last commit of a repository is its `main`. To misbehave, append to `hub.faul
     Fault("truncate", "/resolve/.*safetensors")                          half of the body, then the connection closes
     Fault("corrupt", "/resolve/.*safetensors")                           the right size, one wrong byte
     Fault("loop", "/resolve/")                                           a redirect to itself
+    Fault("size", "/tree/")                                              files listed with a byte more than they have
 """
 
 import hashlib
@@ -27,14 +28,14 @@ from urllib.parse import unquote, urlsplit
 LARGE = ".safetensors", ".bin", ".parquet"  # what a hub keeps in LFS: named by sha256, not by git's sha1
 
 API = re.compile(
-    r"/api/(?P<repo>(?:models|datasets)/[^/]+/[^/]+)(?:/(?P<what>revision|tree)/(?P<revision>[^/]+)/?(?P<inside>.*))?"
+    r"/api/(?P<repo>(?:models|datasets)/[^/]+/[^/]+)(?:/(?P<what>revision|tree|commits)/(?P<revision>[^/]+)/?(?P<inside>.*))?"
 )
 FILE = re.compile(r"/(?P<kind>datasets/)?(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
 
 
 @dataclass
 class Fault:
-    kind: str  # status, stall, hang, truncate, corrupt or loop
+    kind: str  # status, stall, hang, truncate, corrupt, loop or size
     path: str  # a regular expression, searched in the request's path
     status: int = 500
     headers: dict[str, str] = field(default_factory=dict)
@@ -46,6 +47,7 @@ class Hub:
         self.repos = repos
         self.faults: list[Fault] = []
         self.requests: list[str] = []  # "GET /path", in order of arrival
+        self.sent: list[tuple[str, str, int]] = []  # of each good answer: path, the Range asked for or "", bytes
         self.closing = threading.Event()
 
     def __enter__(self) -> "Hub":
@@ -110,7 +112,13 @@ class Handler(BaseHTTPRequestHandler):
         commit, folder = found
         if what == "tree":
             pattern = "**/*" if "recursive=true" in self.path.lower() else "*"
-            self.answer(200, [entry(folder, path) for path in sorted((folder / inside).glob(pattern))])
+            listed = [entry(folder, path) for path in sorted((folder / inside).glob(pattern))]
+            if self.fault and self.fault.kind == "size":
+                listed = [about | {"size": about["size"] + 1} for about in listed if "size" in about]
+            self.answer(200, listed)
+        elif what == "commits":
+            about = {"authors": [], "date": "2024-01-01T00:00:00.000Z", "title": "A commit", "message": ""}
+            self.answer(200, [{"id": name} | about for name in reversed(self.hub.repos[repo])])
         else:
             files = [{"rfilename": str(path.relative_to(folder))} for path in folder.rglob("*") if path.is_file()]
             self.answer(200, {"id": repo.split("/", 1)[1], "sha": commit, "private": False, "siblings": files})
@@ -137,6 +145,9 @@ class Handler(BaseHTTPRequestHandler):
         headers["ETag"] = f'"{digest}"'
         if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             first, last = int(asked[1]), int(asked[2] or len(body) - 1)
+            if first >= len(body):
+                self.answer(416, {"error": "Range not satisfiable"})
+                return
             headers["Content-Range"] = f"bytes {first}-{last}/{len(body)}"
             body = body[first : last + 1]
         self.answer(206 if asked else 200, body, headers)
@@ -157,6 +168,8 @@ class Handler(BaseHTTPRequestHandler):
         if kind in ("truncate", "hang"):
             body = body[: len(body) // 2]
             self.close_connection = True
+        if status < 300:
+            self.hub.sent.append((self.path, self.headers.get("Range", ""), len(body)))
         self.wfile.write(body)
         if kind == "hang":
             self.silence()

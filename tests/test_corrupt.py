@@ -9,7 +9,9 @@ import tiny
 from click.testing import CliRunner
 from test_errors import contents, made, refusal  # noqa: F401
 
-from stages import evaluate, export, train
+from stages import evaluate, export, tokenize, train
+
+STAGES = {"tokenize": tokenize.main, "train": train.main, "evaluate": evaluate.main}
 
 
 @pytest.fixture
@@ -38,7 +40,11 @@ def empty(file: Path) -> None:
 
 
 def options(stage: str) -> list[str]:
-    names = {"train": ["tokens", "base"], "evaluate": ["raw", "tokens", "base", "adapter"]}[stage]
+    names = {
+        "tokenize": ["raw", "base"],
+        "train": ["tokens", "base"],
+        "evaluate": ["raw", "tokens", "base", "adapter"],
+    }[stage]
     return [part for name in names for part in (f"--{name}", f"data/{name}")]
 
 
@@ -46,6 +52,7 @@ def options(stage: str) -> list[str]:
 @pytest.mark.parametrize(
     ("stage", "name"),
     [
+        ("tokenize", "base/model.safetensors"),
         ("train", "tokens/train.npy"),
         ("train", "tokens/validation.lengths.npy"),
         ("evaluate", "tokens/test.npy"),
@@ -56,9 +63,32 @@ def options(stage: str) -> list[str]:
 )
 def test_a_damaged_file_is_named_by_the_stage_that_reads_it(data, stage, name, damage):
     damage(data / name)
-    line = refusal({"train": train.main, "evaluate": evaluate.main}[stage], *options(stage))
+    line = refusal(STAGES[stage], *options(stage))
     assert line.startswith(f"data/{name} is damaged")
     assert "dvc repro --force" in line
+
+
+def test_dvc_puts_back_a_base_that_changed(project):
+    file = project / "data/base/model.safetensors"
+    tiny.run(project, "dvc", "repro", "base")
+    before = file.read_bytes()
+    file.unlink()  # DVC may have linked it to its cache
+    file.write_bytes(before)
+    flip(file)
+    assert "Stage 'base' is cached - skipping run" in tiny.run(project, "dvc", "repro", "base")
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]"])
+def test_a_manifest_that_is_damaged(data, content):
+    for stage, maker in (("tokenize", "base"), ("train", "tokenize")):
+        file = data / {"base": "base", "tokenize": "tokens"}[maker] / "manifest.json"
+        before = file.read_text()
+        file.write_text(content)
+        line = refusal(STAGES[stage], *options(stage))
+        assert line.startswith(f"{file} is damaged")
+        assert line.endswith(f"run `dvc repro --force {maker}`")
+        file.write_text(before)
 
 
 @pytest.mark.parametrize("stage", ["train", "evaluate"])
@@ -67,7 +97,7 @@ def test_a_tokenizer_that_changed_since_tokenize_is_named(data, stage):
     content = json.loads(file.read_text())
     content["model"]["merges"].pop()
     file.write_text(json.dumps(content))
-    line = refusal({"train": train.main, "evaluate": evaluate.main}[stage], *options(stage))
+    line = refusal(STAGES[stage], *options(stage))
     assert line.startswith(
         "data/base/tokenizer.json is damaged, or not the one that data/tokens/manifest.json recorded"
     )

@@ -265,12 +265,42 @@ def test_a_model_with_a_damaged_tokenizer(workplace):
     assert "tokenizer.json" in refusal(base.main)
 
 
-def test_a_model_with_pickled_weights_only(workplace):
-    (workplace / "model" / "model.safetensors").rename(workplace / "model" / "pytorch_model.bin")
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth", "model.ckpt"])
+def test_a_model_with_pickled_weights_only(workplace, name):
+    (workplace / "model" / "model.safetensors").rename(workplace / "model" / name)
     line = refusal(base.main)
-    assert line.startswith(
-        "model: no *.safetensors (pytorch_model.bin: pickled weights can run code, so they are refused)"
-    )
+    assert line.startswith(f"model: no *.safetensors ({name}: pickled weights can run code, so they are refused)")
+
+
+@pytest.fixture
+def with_code(workplace, monkeypatch):
+    """A function that gives the model code of its own, of this type, which says when it is run."""
+    file = workplace / "model" / "config.json"
+
+    def bring(kind: str) -> None:
+        code = {"AutoConfig": "modeling_own.Own", "AutoModelForCausalLM": "modeling_own.Own"}
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": kind, "auto_map": code}))
+        (workplace / "model" / "modeling_own.py").write_text("raise SystemExit('the code that came with it ran')\n")
+
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # transformers would ask
+    return bring
+
+
+def test_a_model_that_needs_code_of_its_own(with_code):
+    with_code("own")
+    line = refusal(base.main)
+    assert line == "model: transformers has no language model 'own', and code that comes with a model is never run"
+    for load in (model.skeleton, model.load_published):
+        with pytest.raises(command.Stop, match="code that comes with a model is never run"):
+            load(Path("model"), *[Path("model")] * (load is model.load_published))
+
+
+def test_a_model_that_brings_code_and_does_not_need_it(with_code):
+    with_code("gpt2")
+    result = CliRunner().invoke(base.main, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert type(model.load_published(Path("model"), Path("model"))).__name__ == "GPT2LMHeadModel"
+    assert not list(Path("data/base").glob("*.py"))
 
 
 def test_pickles_and_code_beside_the_weights_are_left_behind(workplace):
@@ -280,7 +310,7 @@ def test_pickles_and_code_beside_the_weights_are_left_behind(workplace):
         (workplace / "model" / name).write_text("never read")
     result = CliRunner().invoke(base.main, catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    assert {path.name for path in Path("data/base").iterdir()} == own
+    assert {path.name for path in Path("data/base").iterdir()} == own | {"manifest.json"}
 
 
 def test_a_model_whose_weights_are_damaged(workplace):

@@ -1,6 +1,7 @@
 """stages.hub against a hub on the loopback interface that answers as the real one does, or misbehaves as told."""
 
 import contextlib
+import hashlib
 import json
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import pyarrow.parquet
 import pytest
 import tiny
 from hub_server import Fault, Hub, closed_port
+
+from stages import download
 
 MODEL, PICKLED, CORPUS = "tiny/gpt2", "tiny/pickled", "tiny/wikitext"
 COMMIT, OLD, NONE = "1" * 40, "0" * 40, "f" * 40
@@ -44,6 +47,19 @@ def main():
 main(args=[])
 """
 NO_PAUSE = "import time; time.sleep = lambda _: None\n"  # the hub client's retries wait for nothing
+KILLED = """
+import os, pathlib, signal, threading, time
+def kill():
+    part = next(iter(pathlib.Path(os.environ["HF_HOME"]).glob("hub/*/blobs/" + "?" * 64 + ".incomplete")), None)
+    if part and part.stat().st_size > 200_000:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.01)
+
+def watch():
+    while True:
+        kill()
+threading.Thread(target=watch, daemon=True).start()
+"""
 SLOW_NAMES = "import socket, time; socket.getaddrinfo = lambda *_, **__: time.sleep(60)\n"
 
 
@@ -213,17 +229,30 @@ def test_a_hub_out_of_reach_ends_in_one_line_within_15_seconds(unreachable, name
 def test_what_the_hub_does_not_have_is_named(hub, home, kind):
     assert f"{kind} tiny/none: {hub.url} has none" in fetch(kind, hub.url, home, repo="tiny/none").error
     assert f"no revision {NONE}" in fetch(kind, hub.url, home, revision=NONE).error
-    hub.faults.append(Fault("status", "/", status=403))
-    assert "`hf auth login` (HTTP 403)" in fetch(kind, hub.url, home).error
+    # The last is shown to all and given to some.
+    for status, path in ((401, "/"), (403, "/"), (404, "/"), (401, "/resolve/")):
+        hub.faults[:] = [Fault("status", path, status=status)]
+        assert f"`hf auth login` (HTTP {status})" in fetch(kind, hub.url, home).error
 
 
-@pytest.mark.parametrize("revision", ["main", COMMIT[:7], ""])
-def test_only_a_full_commit_hash_pins(hub, home, nowhere, revision):
-    hub.repos = {f"models/{MODEL}": {**hub.repos[f"models/{MODEL}"]}}
-    line = fetch("model", nowhere, home, revision=revision).error
-    assert f"model {MODEL}" in line and repr(revision) in line and COMMIT not in line
-    if revision != COMMIT[:7]:
-        assert COMMIT in fetch("model", hub.url, home, revision=revision).error
+@pytest.mark.parametrize(
+    ("revision", "advice"),
+    [
+        ("main", f"write {COMMIT}, which main is now"),
+        ("", f"write {COMMIT}, which main is now"),
+        (OLD[:7], f"write {OLD}"),
+        ("typo", "/datasets/tiny/wikitext/commits/main"),
+    ],
+)
+def test_only_a_full_commit_hash_pins_and_the_line_says_which_to_write(hub, home, revision, advice):
+    line = fetch("dataset", hub.url, home, revision=revision).error
+    assert f"dataset {CORPUS}: expected a full commit hash as its revision, not {revision!r}: " in line
+    assert line.endswith(advice)
+    assert not list(home.glob("hub/*/snapshots"))
+
+
+def test_without_a_hub_the_line_says_where_commits_are_listed(home, nowhere):
+    assert fetch("model", nowhere, home, revision="main").error.endswith(f"see {nowhere}/{MODEL}/commits/main")
 
 
 def test_pickled_weights_are_refused(hub, home):
@@ -240,23 +269,111 @@ def test_a_dataset_of_another_form_is_named(hub, home):
 
 @pytest.mark.parametrize(
     "kind, fault",
-    [("model", "truncate"), ("model", "corrupt"), ("model", "loop"), ("dataset", "corrupt")],
+    [("model", "truncate"), ("model", "corrupt"), ("model", "loop"), ("model", "size"), ("dataset", "corrupt")],
 )
 def test_a_broken_download_is_never_taken_for_whole(hub, home, kind, fault):
-    hub.faults.append(Fault(fault, r"/resolve/.*(safetensors|parquet)"))
+    hub.faults.append(Fault(fault, "/tree/" if fault == "size" else r"/resolve/.*(safetensors|parquet)"))
     error = fetch(kind, hub.url, home, first=NO_PAUSE).error
-    assert ("came damaged" in error) if fault == "corrupt" else (hub.url in error and WITHOUT in error)
+    assert ("came damaged" in error) if fault in ("corrupt", "size") else (hub.url in error and WITHOUT in error)
     hub.faults.clear()
     assert WITHOUT in fetch(kind, hub.url, home, HF_HUB_OFFLINE="1").error
     again = fetch(kind, hub.url, home).result
     assert kind == "model" or again == SPLITS
 
 
-def test_a_hub_that_recovers_is_good_enough(hub, home):
-    hub.faults.append(Fault("status", "/revision/|/resolve/", status=500, times=2))
-    assert fetch("dataset", hub.url, home, first=NO_PAUSE).result == SPLITS
-    hub.faults.append(Fault("status", "/revision/|/resolve/", status=429, headers={"Retry-After": "0"}, times=2))
-    assert Path(fetch("model", hub.url, home, first=NO_PAUSE).result, "config.json").is_file()
+@pytest.mark.parametrize("path", ["/revision/", "/tree/", "/resolve/.*safetensors"])
+def test_a_hub_that_recovers_is_good_enough_and_every_retry_is_seen(hub, home, path):
+    hub.faults.append(Fault("status", path, status=500, times=3))
+    done = fetch("model", hub.url, home, first=NO_PAUSE)
+    assert Path(done.result, "config.json").is_file()
+    *said, _ = done.out.splitlines()
+    assert said == [f"model {MODEL}: HTTP 500; trying again in {pause} s" for pause in (1, 2, 4)]
+
+
+def test_a_hub_that_does_not_recover_is_asked_five_times(hub, home):
+    hub.faults.append(Fault("status", "/tree/", status=503))
+    done = fetch("dataset", hub.url, home, first=NO_PAUSE)
+    assert "(HTTP 503)" in done.error
+    assert done.out.count("trying again") == 4
+    assert len([line for line in hub.requests if "/tree/" in line]) == 5
+
+
+@pytest.mark.parametrize(("headers", "first"), [({"Retry-After": "2"}, ""), ({"RateLimit": '"api";r=0;t=2'}, NO_PAUSE)])
+def test_a_hub_that_asks_to_wait_is_waited_for_and_the_user_sees_it(hub, home, headers, first):
+    hub.faults.append(Fault("status", "/resolve/.*safetensors", status=429, headers=headers, times=1))
+    done = fetch("model", hub.url, home, first=first)
+    assert Path(done.result, "model.safetensors").is_file()
+    assert done.out.splitlines()[0] == f"model {MODEL}: HTTP 429, and asks to wait 2 s; trying again in 2 s"
+    assert done.seconds > 2 or first
+
+
+def test_a_hub_that_asks_to_wait_for_an_hour_is_not_waited_for(hub, home):
+    hub.faults.append(Fault("status", "/", status=429, headers={"Retry-After": "3600"}))
+    done = fetch("model", hub.url, home)
+    assert "(HTTP 429, and asks to wait 3,600 s): run again later" in done.error
+    assert done.seconds < 15
+    assert len(hub.requests) == 1
+
+
+@pytest.mark.parametrize("end", ["cut short", "killed"])
+def test_a_second_start_goes_on_from_the_bytes_that_came(hub, home, tiny_model, end):
+    size = (tiny_model / "model.safetensors").stat().st_size
+    hub.faults.append(Fault("truncate" if end == "cut short" else "hang", "/resolve/.*safetensors"))
+    if end == "cut short":
+        assert "it goes on from what came" in fetch("model", hub.url, home, first=NO_PAUSE).error
+    else:
+        assert fetch("model", hub.url, home, first=KILLED).code == -9
+    hub.faults.clear()
+    first = len(hub.sent)
+    folder = Path(fetch("model", hub.url, home).result)
+    assert (folder / "model.safetensors").read_bytes() == (tiny_model / "model.safetensors").read_bytes()
+    (asked,) = [asked for path, asked, _ in hub.sent[first:] if path.endswith("safetensors")]
+    assert asked.startswith("bytes=")
+    lost = 2**16 if end == "killed" else 0  # what was still in memory
+    assert size <= sum(count for path, _, count in hub.sent if path.endswith("safetensors")) <= size + lost
+    assert "/config.json" not in str(hub.sent[first:]), "what was whole came again"
+
+
+def test_a_break_after_many_bytes_is_not_counted(tmp_path, monkeypatch):
+    """So a large file comes over a line that breaks off again and again."""
+    content = bytes(range(256)) * 256
+    asked = []
+
+    def append(url, out, size, name):
+        asked.append(out.tell())
+        out.write(content[out.tell() :][:10_000])
+        if out.tell() < size:
+            raise download.Break("broken off")
+
+    monkeypatch.setattr(download, "_append", append)
+    monkeypatch.setattr(download, "ENOUGH", 10_000)
+    blob = tmp_path / hashlib.sha256(content).hexdigest()
+    download._fetch("url", blob, len(content), "name")
+    assert blob.read_bytes() == content
+    assert asked == list(range(0, len(content), 10_000))
+    monkeypatch.setattr(download, "ENOUGH", 10_001)
+    blob.unlink()
+    with pytest.raises(download.Break):
+        download._fetch("url", blob, len(content), "name")
+    assert [path.suffix for path in tmp_path.iterdir()] == [".incomplete"]
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    ["http://127.0.0.1:99999", "http://127.0.0.1:port", "http://[::1", "ftp://hub", "hub.example", "http://a b", ""],
+)
+def test_an_endpoint_that_is_no_address_is_one_line(home, endpoint):
+    done = fetch("model", endpoint, home)
+    assert done.err == f"Error: HF_ENDPOINT: expected an address such as https://huggingface.co, not {endpoint!r}\n"
+    assert done.error
+
+
+def test_a_cache_that_cannot_be_written_is_one_line_that_names_it(hub, home):
+    home.write_text("a file where the folder should be")
+    for folder in (home, home / "inside"):
+        line = fetch("model", hub.url, home, HF_HOME=str(folder)).error
+        assert str(folder) in line
+        assert line.endswith("make room there, or set HF_HOME to a folder that can be written")
 
 
 def test_no_request_waits_for_ever(repos, tmp_path):
@@ -274,6 +391,7 @@ def test_no_request_waits_for_ever(repos, tmp_path):
             attempts.append(pool.submit(fetch, "model", hub.url, tmp_path / name, **impatient))
         for attempt in attempts:
             assert "timed out" in attempt.result().error
+            assert attempt.result().out.count("timed out; trying again in ") == 4
             assert attempt.result().seconds < 30
 
 
@@ -290,6 +408,7 @@ def test_base_and_prepare_write_what_the_hub_serves(hub, home, project, repos, t
     for stage in ("base", "prepare"):
         tiny.run(project, sys.executable, "-m", f"stages.{stage}", HF_ENDPOINT=hub.url, HF_HOME=str(home))
     base = {path.name: path.read_bytes() for path in (project / "data/base").iterdir()}
+    assert set(json.loads(base.pop("manifest.json"))["files"]) == base.keys()
     assert base == {path.name: path.read_bytes() for path in tiny_model.iterdir()}
     for split, rows in SPLITS.items():
         text = (project / f"data/raw/{split}.txt").read_bytes().decode()
