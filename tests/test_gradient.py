@@ -4,6 +4,7 @@
 """
 
 import functools
+import re
 
 import numpy as np
 import pytest
@@ -11,10 +12,11 @@ import tiny
 import torch
 import torch._dynamo
 import torch.nn.functional as F
+from click.testing import CliRunner
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, MistralConfig
 
 from benchmarks import random_inputs, workspace
-from stages import attention, gradient, likelihood, loop, lora, model, rows, scoring
+from stages import attention, gradient, likelihood, loop, lora, model, rows, scoring, train
 from stages.command import Stop, digests
 from stages.cross_entropy import IGNORED
 
@@ -52,6 +54,13 @@ def results(network, add: gradient.Gradient, split: rows.Rows, batch_size=4) -> 
             parameter.grad.zero_()
     nll = float(loop.accumulate(add, split, np.arange(len(split)), batch_size))
     return nll, [parameter.grad.clone() for parameter in network.parameters() if parameter.requires_grad]
+
+
+def lay_out(folder, base, block_size: int, count: int) -> None:
+    """Put the model and random tokens into data/, as if the stages before `train` had run."""
+    (folder / "data").mkdir(parents=True)
+    (folder / "data" / "base").symlink_to(base)
+    (folder / "data" / "tokens").symlink_to(random_inputs.tokens(folder, base, block_size, count))
 
 
 # The choice
@@ -180,17 +189,34 @@ def test_each_replay_draws_its_own_dropout(tiny_model):
     "values", [{"train.compile": "always"}, {"train.compile": "never"}, {"method": "full"}], ids=str
 )
 def test_a_deterministic_run_gives_the_same_bytes_on_a_gpu(tiny_model, tmp_path, values):
-    tokens = random_inputs.tokens(tmp_path, tiny_model, 32, 64)
     settings = {"method": "lora", "train.batch_size": 8, "train.deterministic": True, "train.validations": 2} | values
     for folder in (tmp_path / "one", tmp_path / "two"):
+        lay_out(folder, tiny_model, 32, 64)
         workspace.write_params(folder, settings)
-        (folder / "data").mkdir()
-        (folder / "data" / "base").symlink_to(tiny_model)
-        (folder / "data" / "tokens").symlink_to(tokens)
         assert workspace.run_stage("train", folder) is None
     one, two = (digests(tmp_path / name / "data" / "adapter") for name in ("one", "two"))
     assert one == two
     assert any(name.endswith(".safetensors") for name in one)
+
+
+@on_gpu
+def test_too_little_memory_names_a_batch_that_fits(tiny_model, tmp_path, monkeypatch):
+    lay_out(tmp_path, tiny_model, 64, 8192)
+    monkeypatch.chdir(tmp_path)
+    free, _ = torch.cuda.mem_get_info()
+    taken = torch.empty(free - 10**9, dtype=torch.uint8, device=DEVICE)
+    settings = {"method": "lora", "train.epochs": 1, "train.validations": 1}
+    workspace.write_params(tmp_path, settings | {"train.batch_size": 8192})
+    refused = CliRunner().invoke(train.main)
+    assert refused.exit_code == 1, refused.output
+    found = re.search(r"-S train\.batch_size=(\d+) -S train\.accumulation_steps=(\d+)$", refused.output.strip())
+    assert found, refused.output
+    batch_size, steps = map(int, found.groups())
+    assert batch_size * steps == 8192
+    assert batch_size >= 64
+    workspace.write_params(tmp_path, settings | {"train.batch_size": batch_size, "train.accumulation_steps": steps})
+    assert CliRunner().invoke(train.main).exit_code == 0
+    assert taken.numel() > 0
 
 
 # Attention
