@@ -87,11 +87,20 @@ def need(path: Path, maker: str) -> Path:
 
 def digests(folder: Path, pattern: str = "*") -> dict[str, str]:
     """Return the SHA-256 of each file in `folder`, as hex digits by name: safetensors and .npy hold no checksum."""
-    found = {}
-    for path in filter(Path.is_file, sorted(folder.glob(pattern))):
-        with path.open("rb") as file:
-            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+    return {
+        path.name: _digest(path.resolve(), *_state(path)) for path in sorted(folder.glob(pattern)) if path.is_file()
+    }
+
+
+def _state(path: Path) -> tuple[int, int, int]:
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+@functools.cache  # half a gigabyte of weights is asked for several times by one stage
+def _digest(path: Path, *_: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def recorded(folder: Path, maker: str) -> dict:
