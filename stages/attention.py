@@ -4,6 +4,8 @@ transformers hands a mask to attention while a CUDA graph is recorded or a model
 cannot take its fastest kernels; here nothing needs one.
 """
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, PreTrainedConfig
@@ -29,17 +31,19 @@ def causal(
         mask: not looked at.
     """
     dtype = query.dtype
-    if dtype == torch.bfloat16 and query.device.type == "cpu":  # where fp32 is faster, backward above all
+    slow = dtype == torch.bfloat16 and query.device.type == "cpu"  # where fp32 is faster, backward above all
+    if slow:
         query, key, value = query.float(), key.float(), value.float()
-    read = F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        dropout_p=dropout,
-        is_causal=query.shape[2] > 1,  # a single token, generated after others, attends to them all
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+    with torch.autocast("cpu", enabled=False) if slow else contextlib.nullcontext():
+        read = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            dropout_p=dropout,
+            is_causal=query.shape[2] > 1,  # a single token, generated after others, attends to them all
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
     return read.to(dtype).transpose(1, 2).contiguous(), None
 
 

@@ -240,6 +240,21 @@ def test_attention_is_that_of_the_formula(heads, dtype):
     )
 
 
+def test_attention_on_a_cpu_computes_in_fp32_under_autocast_too(monkeypatch):
+    seen, compute = [], F.scaled_dot_product_attention
+
+    def recording(query, *others, **options):
+        seen.append((query.dtype, torch.is_autocast_enabled("cpu")))
+        return compute(query, *others, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", recording)
+    parts = [torch.randn(1, 2, 5, 8, dtype=torch.bfloat16) for _ in range(3)]
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = attention.causal(torch.nn.Module(), *parts, None)
+    assert seen == [(FP32, False)]
+    assert found.dtype == torch.bfloat16
+
+
 def test_a_token_generated_after_others_reads_them_all(tiny_model):
     network = model.load_base(tiny_model, None, FP32).eval()
     assert network.config._attn_implementation == attention.NAME
