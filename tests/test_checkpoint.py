@@ -199,11 +199,11 @@ def test_without_checkpoints_a_signal_finishes_the_step_and_keeps_nothing(workpl
 def test_a_changed_parameter_starts_afresh_and_another_run_s_checkpoints_stay(workplace, stopped):
     stopped(8)
     kept = checkpoints()
-    tiny.set_param(workplace, "train.learning_rate", 2e-3)
+    tiny.set_param(workplace, "train.learning_rate", 1e-3)
     assert "going on" not in run(train.main)
     assert checkpoints() == kept
     changed = contents(workplace)
-    tiny.set_param(workplace, "train.learning_rate", 1e-3)
+    tiny.set_param(workplace, "train.learning_rate", 2e-3)
     assert "going on after step 8 of 16" in run(train.main)
     assert checkpoints() == []
     assert contents(workplace) != changed

@@ -78,8 +78,7 @@ def test_nothing_reruns_when_nothing_changed(finished):
     ("values", "expected"),
     [
         ({"method": "full"}, "train evaluate"),
-        ({"train.learning_rate": 0.02}, "train evaluate"),
-        ({"lora.r": 3}, "train evaluate"),
+        ({"train.learning_rate": 0.02, "lora.r": 3}, "train evaluate"),
         ({"tokenize.block_size": 24}, "tokenize train evaluate"),
         ({"evaluate.batch_size": 5}, "evaluate"),
         ({"evaluate.protocol": "hf", "evaluate.stride": 16}, "evaluate"),
