@@ -24,6 +24,8 @@ TRAINING = Train(
     clip_norm=1.0,
     base_dropout=0.0,
     precision="fp32",
+    compile="never",
+    deterministic=False,
     validations=4,
     checkpoint_every=0,
 )
