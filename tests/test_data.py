@@ -226,6 +226,21 @@ def test_the_sample_is_split_by_modules(workplace, package, monkeypatch):
     assert [len(split) for split in found] == [1, 1, 1]
 
 
+def test_the_sample_s_base_is_made_of_what_is_installed(workplace, monkeypatch):
+    texts = [
+        f" \n = module {number} = \n \nReturn the {number}th of the numbers, counted from one.\n"
+        for number in range(120)
+    ]
+    monkeypatch.setattr(docstrings, "articles", lambda _: texts)
+    tiny.set_param(workplace, "preset", "sample")
+    output = run(base.main, "--out", "made")
+    assert "tokens in its vocabulary" in output
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in Path("made").iterdir()}
+    first = (workplace / "made" / "model.safetensors").read_bytes()
+    run(base.main, "--out", "again")
+    assert (workplace / "again" / "model.safetensors").read_bytes() == first
+
+
 # Token rows
 
 
