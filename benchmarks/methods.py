@@ -118,10 +118,8 @@ def measure(
         return None
     started = time.monotonic()
     folder = workspace.empty(out / "runs" / f"{run.name}-seed-{run.seed}")
-    workspace.write_params(folder, settings | run.values | {"seed": run.seed})
-    (folder / "data").mkdir()
-    for name in ("base", "raw", "tokens"):
-        (folder / "data" / name).symlink_to(shared / "data" / name)
+    made = {name: shared / "data" / name for name in ("base", "raw", "tokens")}
+    workspace.lay_out(folder, settings | run.values | {"seed": run.seed}, **made)
     threads = os.getenv("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // around["jobs"])))
     stages = (workspace.run_stage(name, folder, OMP_NUM_THREADS=threads) for name in ("train", "evaluate"))
     error = next(filter(None, stages), None)  # evaluate runs where train succeeded

@@ -54,9 +54,8 @@ def main(
 
     options = params.section("train", loop.Train)
     options = replace(options, epochs=1, batch_size=batch_size, accumulation_steps=1, validations=1)
-    if (
-        options.compile == "auto"
-    ):  # what three epochs of WikiText-2 choose for GPT-2 124M, and these few steps would not
+    if options.compile == "auto":
+        # So do three epochs of WikiText-2 with GPT-2 124M; these few steps alone would not.
         options = replace(options, compile="always")
     low_rank = params.section("lora", lora.Lora)
     names = "all-linear" if target == "all-linear" else [target]

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from stages.command import digests, whole
+from stages.command import MANIFEST, digests, whole
 
 # layers, width, heads, positions, vocabulary: GPT-2's own (Radford et al., 2019), and that of the embedded sample
 SIZES = {
@@ -47,5 +47,5 @@ def tokens(folder: Path, base: Path, block_size: int, count: int) -> Path:
                 rows.save(rows.Rows(ids, np.full(number, block_size + 1, np.int32)), new, split)
     # Models of one vocabulary share the arrays; the stages want to know which of them they are for.
     manifest = {"block_size": block_size, "files": digests(target, "*.npy"), "base": digests(base)}
-    (target / "manifest.json").write_text(json.dumps(manifest) + "\n")
+    (target / MANIFEST).write_text(json.dumps(manifest) + "\n")
     return target

@@ -210,10 +210,7 @@ def wall_clocks(model: Path, tokens: Path, folder: Path, repeats: int) -> dict:
         run("benchmarks.peer_trainer", options)
         peers.append(time.perf_counter() - started)
 
-        workspace.write_params(folder, values)
-        (folder / "data").mkdir()
-        (folder / "data" / "base").symlink_to(model)
-        (folder / "data" / "tokens").symlink_to(tokens)
+        workspace.lay_out(folder, values, base=model, tokens=tokens)
         started = time.perf_counter()
         if error := workspace.run_stage("train", folder):
             raise Stop(error)

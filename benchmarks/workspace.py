@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from stages.command import Stop, digests
+from stages.command import Stop, digests, file_digest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
@@ -59,6 +59,14 @@ def empty(folder: Path) -> Path:
     return folder.resolve()
 
 
+def lay_out(folder: Path, values: dict[str, Any], **inputs: Path) -> None:
+    """Write params.yaml into `folder`, and links in its data/, by name, to what stages before have made."""
+    write_params(folder, values)
+    (folder / "data").mkdir()
+    for name, target in inputs.items():
+        (folder / "data" / name).symlink_to(target)
+
+
 def run_stage(name: str, folder: Path, shown: bool = False, **variables: str) -> str | None:
     """Run a stage in `folder`; return None, or the last line that it printed where it failed.
 
@@ -85,7 +93,7 @@ def surroundings() -> dict[str, str]:
 
 def fingerprint(path: Path) -> str:
     """Return the first 12 hex digits of the SHA-256 of a file, or of the files in a folder, with their names."""
-    found = digests(path) if path.is_dir() else digests(path.parent, path.name)
+    found = digests(path) if path.is_dir() else {path.name: file_digest(path)}
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:12]
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load, save
 
-from stages.command import digests, say, whole
+from stages.command import digests, file_digest, say, whole
 
 KEPT = 2
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "numpy")  # whose versions decide the bits of a result
@@ -123,7 +123,7 @@ def key(parameters: dict, folders: Iterable[Path], code: Iterable[Path], device:
     versions = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
     facts = [parameters, versions, device, torch.backends.cpu.get_cpu_capability()]
     facts += [digests(folder) for folder in folders]
-    facts += [digests(file.parent, file.name) for file in sorted(code)]
+    facts += [[file.name, file_digest(file)] for file in sorted(code)]
     return digest(json.dumps(facts, sort_keys=True).encode())
 
 

@@ -85,22 +85,21 @@ def need(path: Path, maker: str) -> Path:
     return path
 
 
-def digests(folder: Path, pattern: str = "*") -> dict[str, str]:
-    """Return the SHA-256 of each file in `folder`, as hex digits by name: safetensors and .npy hold no checksum."""
-    return {
-        path.name: _digest(path.resolve(), *_state(path)) for path in sorted(folder.glob(pattern)) if path.is_file()
-    }
-
-
-def _state(path: Path) -> tuple[int, int, int]:
-    found = path.stat()
-    return found.st_ino, found.st_size, found.st_mtime_ns
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file, as hex digits: neither safetensors nor .npy hold a checksum."""
+    state = path.stat()
+    return _digest(path.resolve(), state.st_ino, state.st_size, state.st_mtime_ns)
 
 
 @functools.cache  # half a gigabyte of weights is asked for several times by one stage
 def _digest(path: Path, *_: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digests(folder: Path, pattern: str = "*") -> dict[str, str]:
+    """Return the digest of each file in `folder`, by name."""
+    return {path.name: file_digest(path) for path in sorted(folder.glob(pattern)) if path.is_file()}
 
 
 def recorded(folder: Path, maker: str) -> dict:
@@ -118,8 +117,7 @@ def recorded(folder: Path, maker: str) -> dict:
 def same(folder: Path, expected: dict[str, str], since: str, maker: str) -> None:
     """Stop at a file in `folder` that is not the one whose digest the stage `since` recorded."""
     for name, digest in expected.items():
-        need(folder / name, maker.split()[0])
-        if digests(folder, name).get(name) != digest:
+        if file_digest(need(folder / name, maker.split()[0])) != digest:
             raise Stop(
                 f"{folder / name} is damaged, or not the one that {since} recorded: run `dvc repro --force {maker}`, "
                 f"then `dvc repro`"

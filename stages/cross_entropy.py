@@ -58,8 +58,9 @@ class LinearCrossEntropy(torch.autograd.Function):
             if needs_states:
                 states_gradient[start : start + chunk] = (logits @ head - head[own]) * scored
             if needs_weight:
-                weight_gradient += logits.T @ (part * scored)
-                weight_gradient.index_add_(0, own, (part * scored).to(exact), alpha=-1)
+                kept = part * scored
+                weight_gradient += logits.T @ kept
+                weight_gradient.index_add_(0, own, kept.to(exact), alpha=-1)
         ctx.save_for_backward(states_gradient, weight_gradient[:vocabulary] if needs_weight else None)
         return nll
 

@@ -15,7 +15,7 @@ from stages.command import Stop, say
 from stages.device import compute_dtype
 from stages.likelihood import score
 from stages.rows import Rows
-from stages.scoring import batch, check_head
+from stages.scoring import batch
 
 if TYPE_CHECKING:
     from stages.checkpoint import Checkpoints
@@ -109,7 +109,6 @@ def fit(
     rows_a_step = options.batch_size * options.accumulation_steps
     steps = options.epochs * math.ceil(len(train) / rows_a_step)
     set_dropout(model, options.base_dropout)
-    check_head(model)
 
     done = 0
     best_values: list[torch.Tensor] = []

@@ -97,6 +97,7 @@ def attach(model: PreTrainedModel, lora: Lora) -> torch.nn.Module:
             module.lora_A["default"] = fake_quant.FakeQuantLinear(module.lora_A["default"], lora.bits)
             module.lora_B["default"] = fake_quant.FakeQuantLinear(module.lora_B["default"], lora.bits)
         if not lora.use_dora:
+            # A method, not a partial: that would be compiled anew for each layer.
             module.forward = types.MethodType(low_rank.forward, module)
     return network
 

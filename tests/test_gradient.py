@@ -56,13 +56,6 @@ def results(network, add: gradient.Gradient, split: rows.Rows, batch_size=4) -> 
     return nll, [parameter.grad.clone() for parameter in network.parameters() if parameter.requires_grad]
 
 
-def lay_out(folder, base, block_size: int, count: int) -> None:
-    """Put the model and random tokens into data/, as if the stages before `train` had run."""
-    (folder / "data").mkdir(parents=True)
-    (folder / "data" / "base").symlink_to(base)
-    (folder / "data" / "tokens").symlink_to(random_inputs.tokens(folder, base, block_size, count))
-
-
 # The choice
 
 
@@ -191,8 +184,8 @@ def test_each_replay_draws_its_own_dropout(tiny_model):
 def test_a_deterministic_run_gives_the_same_bytes_on_a_gpu(tiny_model, tmp_path, values):
     settings = {"method": "lora", "train.batch_size": 8, "train.deterministic": True, "train.validations": 2} | values
     for folder in (tmp_path / "one", tmp_path / "two"):
-        lay_out(folder, tiny_model, 32, 64)
-        workspace.write_params(folder, settings)
+        tokens = random_inputs.tokens(folder, tiny_model, 32, 64)
+        workspace.lay_out(folder, settings, base=tiny_model, tokens=tokens)
         assert workspace.run_stage("train", folder) is None
     one, two = (digests(tmp_path / name / "data" / "adapter") for name in ("one", "two"))
     assert one == two
@@ -201,12 +194,12 @@ def test_a_deterministic_run_gives_the_same_bytes_on_a_gpu(tiny_model, tmp_path,
 
 @on_gpu
 def test_too_little_memory_names_a_batch_that_fits(tiny_model, tmp_path, monkeypatch):
-    lay_out(tmp_path, tiny_model, 64, 8192)
     monkeypatch.chdir(tmp_path)
     free, _ = torch.cuda.mem_get_info()
     taken = torch.empty(free - 10**9, dtype=torch.uint8, device=DEVICE)
     settings = {"method": "lora", "train.epochs": 1, "train.validations": 1}
-    workspace.write_params(tmp_path, settings | {"train.batch_size": 8192})
+    tokens = random_inputs.tokens(tmp_path, tiny_model, 64, 8192)
+    workspace.lay_out(tmp_path, settings | {"train.batch_size": 8192}, base=tiny_model, tokens=tokens)
     refused = CliRunner().invoke(train.main)
     assert refused.exit_code == 1, refused.output
     found = re.search(r"-S train\.batch_size=(\d+) -S train\.accumulation_steps=(\d+)$", refused.output.strip())
