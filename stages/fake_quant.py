@@ -60,16 +60,16 @@ def dequantize(
     return (relative * scales.float()[:, None]).flatten()[: shape.numel()].view(shape)
 
 
-class StraightThrough(torch.autograd.Function):
-    """What is stored of a matrix, with the gradient of the matrix itself."""
+# An operation of its own, which torch.compile takes as it is: a compiler would leave the scale's rounding to bf16 out,
+# and training would compute with other values than those that are stored.
+@torch.library.custom_op("stages::stored", mutates_args=())
+def stored(matrix: torch.Tensor, bits: int, levels: torch.Tensor) -> torch.Tensor:
+    """Return what is stored of a matrix, with the gradient of the matrix itself."""
+    return dequantize(*quantize(matrix, bits, levels), matrix.shape, levels)
 
-    @staticmethod
-    def forward(ctx, matrix: torch.Tensor, bits: int, levels: torch.Tensor) -> torch.Tensor:
-        return dequantize(*quantize(matrix, bits, levels), matrix.shape, levels)
 
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return gradient, None, None
+stored.register_fake(lambda matrix, bits, levels: torch.empty_like(matrix))
+stored.register_autograd(lambda ctx, gradient: (gradient, None, None))
 
 
 class FakeQuantLinear(torch.nn.Linear):
@@ -83,7 +83,7 @@ class FakeQuantLinear(torch.nn.Linear):
 
     def stored(self) -> torch.Tensor:
         """Return what is stored of the weight, with the weight's gradient."""
-        return StraightThrough.apply(self.weight, self.bits, self.levels)
+        return stored(self.weight, self.bits, self.levels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.stored())

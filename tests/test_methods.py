@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -402,6 +403,18 @@ def test_what_is_stored_is_what_was_trained_against_bit_for_bit(folder, tmp_path
             assert torch.equal(stored[f"base_model.model.{name}.{factor}.weight"].to(IDS.device), trained)
     loaded = lora.load(model.load_base(folder, quantization, torch.float32), tmp_path)
     assert torch.equal(logits(loaded), expected)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.parametrize("bits", [8, 4])
+def test_compiled_layers_too_compute_with_what_is_stored(bits):
+    torch.manual_seed(0)
+    layer = fake_quant.FakeQuantLinear(torch.nn.Linear(96, 16, bias=False), bits)
+    stored = torch.compile(lambda: layer.stored() * 1.0, dynamic=False)()
+    matrix = layer.weight
+    assert torch.equal(stored, fake_quant.dequantize(*fake_quant.quantize(matrix, bits), matrix.shape))
+    stored.backward(matrix.detach())
+    assert torch.equal(matrix.grad, matrix)
 
 
 def test_the_file_holds_codes_and_scales_and_no_float_of_a_factor(folder, tmp_path):
