@@ -11,8 +11,8 @@ QLORA4 = LORA | {
     "methods.qlora.quant_type": "nf4",
     "methods.qlora.double_quant": True,
 }
-LORA_RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3)
-FULL_RATES = (5e-5, 1e-4, 2e-4, 5e-4, 1e-3)
+LORA_RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3)
+FULL_RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3)
 SEEDS = (0, 1, 2)
 METHODS = {
     "lora": LORA,

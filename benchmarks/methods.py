@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from fnmatch import fnmatch
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import click
@@ -30,7 +31,9 @@ FIGURES = ("train", "train_timings", "eval")  # the files of metrics/ that a rec
 @click.option("--base", type=Path, required=True, help="Folder of the model that is tuned.")
 @click.option("--corpus", type=Path, required=True, help="Folder or file of the text it is tuned on.")
 @click.option("--out", type=Path, required=True, help="Folder of runs.jsonl and methods.md.")
-@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Runs at once, on one device.")
+@click.option(
+    "--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Runs at once on each GPU, or on the CPU."
+)
 @click.option("--only", multiple=True, help="Make only runs of such a name, such as 'lora-lr-*'; may be repeated.")
 @click.option("--seconds", type=float, default=float("inf"), help="Start no run later than this.")
 @click.option("--set", "items", multiple=True, help="key=value of params.yaml, for all runs; may be repeated.")
@@ -44,13 +47,19 @@ def main(
         raise Stop(f"--set {', '.join(sorted(fixed))}: the grid has values of its own for it")
     shared = prepare(base, corpus, out, settings)
     around = workspace.environment() | {"jobs": jobs}
+    cards = workspace.cards()
+    places: SimpleQueue[str] = SimpleQueue()  # a run takes one and puts it back
+    for card in cards * jobs:
+        places.put(card)
     rate = json.loads((shared / CONDITIONS).read_text())["params"]["train"]["learning_rate"]
     records = read_records(out / RECORDS)
     for phase in (grid.sweeps, lambda: finals(records, rate)):
         wanted = {run.key: run for run in phase() if not only or any(fnmatch(run.name, name) for name in only)}
         todo = [run for run in wanted.values() if not tables.succeeded(run, records)]
-        say(f"methods: {len(wanted) - len(todo)} runs on record, {len(todo)} to make, {jobs} at once")
-        made = in_parallel(todo, jobs, lambda run: measure(run, out, shared, settings, around, deadline))
+        say(f"methods: {len(wanted) - len(todo)} runs on record, {len(todo)} to make, {jobs * len(cards)} at once")
+        made = in_parallel(
+            todo, jobs * len(cards), lambda run: measure(run, out, shared, settings, around, deadline, places)
+        )
         for place, record in enumerate(made, start=1):
             add_record(out / RECORDS, record)
             records[record["key"]] = record
@@ -111,7 +120,13 @@ def in_parallel(runs: list[Run], jobs: int, work: Callable[[Run], dict | None]) 
 
 
 def measure(
-    run: Run, out: Path, shared: Path, settings: dict[str, Any], around: dict[str, Any], deadline: float
+    run: Run,
+    out: Path,
+    shared: Path,
+    settings: dict[str, Any],
+    around: dict[str, Any],
+    deadline: float,
+    places: "SimpleQueue[str]",
 ) -> dict | None:
     """Train and evaluate one run in a folder of its own; return its record, or None when it is too late to start."""
     if time.monotonic() > deadline:
@@ -121,8 +136,11 @@ def measure(
     made = {name: shared / "data" / name for name in ("base", "raw", "tokens")}
     workspace.lay_out(folder, settings | run.values | {"seed": run.seed}, **made)
     threads = os.getenv("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // around["jobs"])))
-    stages = (workspace.run_stage(name, folder, OMP_NUM_THREADS=threads) for name in ("train", "evaluate"))
+    place = places.get()
+    variables = {"OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": place}
+    stages = (workspace.run_stage(name, folder, **variables) for name in ("train", "evaluate"))
     error = next(filter(None, stages), None)  # evaluate runs where train succeeded
+    places.put(place)
     shutil.rmtree(folder / "data")  # half a gigabyte where all weights were trained
     record = {"key": run.key, "name": run.name, "seed": run.seed, "error": error, **around}
     record["seconds"] = round(time.monotonic() - started, 1)

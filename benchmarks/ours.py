@@ -90,6 +90,7 @@ def main(
     record = {
         "tokens_per_second": measured * batch_size * (steps - warmup) / (times[-1] - times[warmup - 1]),
         "peak_memory_bytes": device.peak_memory(place),
+        "peak_allocated_bytes": torch.cuda.max_memory_allocated() if place.type == "cuda" else None,
         "first_step_seconds": times[0] - STARTED,
         "wall_seconds": time.perf_counter() - STARTED,
         "steps": steps,

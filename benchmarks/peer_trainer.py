@@ -132,9 +132,10 @@ def main():
         json.dumps(
             {
                 "tokens_per_second": tokens_a_step * (steps - args.warmup) / (clock.end - clock.warm),
-                "peak_memory_bytes": torch.cuda.max_memory_allocated()
+                "peak_memory_bytes": torch.cuda.max_memory_reserved()
                 if gpu
                 else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                "peak_allocated_bytes": torch.cuda.max_memory_allocated() if gpu else None,
                 "first_step_seconds": clock.first - STARTED,
                 "wall_seconds": time.perf_counter() - STARTED,
                 "steps": steps,

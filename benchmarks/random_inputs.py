@@ -23,8 +23,8 @@ def model(folder: Path, size: str) -> Path:
 
         layers, width, heads, positions, vocabulary = SIZES[size]
         torch.manual_seed(0)
-        config = GPT2Config(vocab_size=vocabulary, n_positions=positions, n_layer=layers, n_embd=width, n_head=heads)
-        config.bos_token_id = config.eos_token_id = vocabulary - 1
+        shape = {"n_positions": positions, "n_layer": layers, "n_embd": width, "n_head": heads}
+        config = GPT2Config(vocab_size=vocabulary, bos_token_id=vocabulary - 1, eos_token_id=vocabulary - 1, **shape)
         with whole(target) as new:
             GPT2LMHeadModel(config).save_pretrained(new)
     return target

@@ -97,6 +97,14 @@ def fingerprint(path: Path) -> str:
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:12]
 
 
+def cards() -> list[str]:
+    """Return what CUDA_VISIBLE_DEVICES says of each GPU that is there, or, without one, [""]."""
+    import torch
+
+    visible = os.getenv("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
+    return visible.split(",")[: torch.cuda.device_count()] or [""]
+
+
 def environment() -> dict[str, str]:
     """Return on what the runs are made."""
     from stages import device

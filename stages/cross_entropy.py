@@ -66,5 +66,6 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        of_states, of_weight = (None if part is None else gradient * part for part in ctx.saved_tensors)
+        # In place: the weight's is as large as the weight, and nobody else holds them.
+        of_states, of_weight = (None if part is None else part.mul_(gradient) for part in ctx.saved_tensors)
         return of_states, of_weight, None, None, None

@@ -33,7 +33,11 @@ def make_deterministic() -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most bytes that were held at once: by CUDA's allocator, or by the whole process on a CPU."""
+    """Return the most bytes that were held at once: by CUDA's allocator, or by the whole process on a CPU.
+
+    Held, not allocated: what a recorded step needs stays with its CUDA graph, and counts as allocated only while it is
+    recorded.
+    """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_reserved(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

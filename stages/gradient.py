@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
+import torch._functorch.config as partitioner
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stages import params
@@ -28,6 +29,9 @@ ATTENTION = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
+# Share of what a compiled layer would keep for its backward pass that it may keep; what is cheapest is computed again.
+# With GPT-2 124M at 8 x 1,024 tokens on an H100 that saves a third of the memory and costs half a percent of the time.
+KEPT = 0.8
 FULL = 0.9  # share of a batch's places that must hold tokens, or padding would cost more than recording saves
 
 
@@ -64,7 +68,8 @@ def prepare(
     if way == "compiled":
         compile_layers(model)
         softmax = torch.compile(to_probabilities, dynamic=False)
-    with sdpa_kernel(ATTENTION, set_priority=True):  # what is recorded stays as it is now
+    # What is recorded stays as these have it.
+    with sdpa_kernel(ATTENTION, set_priority=True), partitioner.patch(activation_memory_budget=KEPT):
         return Gradient(recorded(model, eager(model, dtype, softmax), shape, device), device, shape)
 
 
@@ -123,7 +128,7 @@ def recorded(model: torch.nn.Module, add: Callable, shape: tuple[int, int], devi
             add(inputs, targets, count)
     torch.cuda.current_stream(device).wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=aside):  # cuBLAS holds memory for each stream that it works on
         nll = add(inputs, targets, count)
     torch.cuda.set_rng_state(random, device)
     for parameter in model.parameters():

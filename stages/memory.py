@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from stages.loop import Train
     from stages.rows import Rows
 
-SPARE = 0.05  # share of the memory left for what the allocator cannot use
+SPARE = 0.05  # share of the room for rows that is left for what the allocator cannot use
 
 
 def too_large(model: torch.nn.Module, train: "Rows", options: "Train", dtype: torch.dtype) -> Stop:
@@ -42,7 +42,7 @@ def too_large(model: torch.nn.Module, train: "Rows", options: "Train", dtype: to
 
 def largest(fixed: int, row: int, room: int) -> int:
     """Return how many rows of `row` bytes each fit into `room` bytes beside the `fixed` ones."""
-    return max(0, math.floor((room * (1 - SPARE) - fixed) / row))
+    return max(0, math.floor((room - fixed) * (1 - SPARE) / row))
 
 
 def measure(model: torch.nn.Module, train: "Rows", dtype: torch.dtype) -> tuple[int, int, int]:

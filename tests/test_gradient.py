@@ -164,9 +164,10 @@ def test_a_recorded_step_gives_what_an_eager_one_gives(tiny_model, compiled, cha
 
 
 @on_gpu
-def test_each_replay_draws_its_own_dropout(tiny_model):
+@pytest.mark.parametrize("compiled", ["never", "always"])
+def test_each_replay_draws_its_own_dropout(tiny_model, compiled):
     network, split = adapted(tiny_model, dropout=0.5), make_rows([17] * 4)
-    add = gradient.prepare(network, split, 4, "never", 1, FP32)
+    add = gradient.prepare(network, split, 4, compiled, 1, FP32)
     losses = {results(network, add, split)[0] for _ in range(5)}
     assert len(losses) == 5
     state = torch.cuda.get_rng_state()
