@@ -62,10 +62,15 @@ def sweeps() -> list[Run]:
 
 
 def finals(lora_rate: float, full_rate: float, default_rate: float) -> list[Run]:
-    """Return the runs that compare, the first seed of all methods first."""
+    """Return the runs that compare, the first seed of everything first."""
     methods = {name: values | {"train.learning_rate": lora_rate} for name, values in METHODS.items()}
     methods["full"] = {"method": "full", "train.learning_rate": full_rate}
-    runs = [Run("Methods", name, seed, values) for seed in SEEDS for name, values in methods.items()]
-    for table, rows, rate in (("Rank", RANKS, default_rate), ("Initial values", INITS, lora_rate)):
-        runs += [Run(table, name, 0, values | {"train.learning_rate": rate}) for name, values in rows.items()]
-    return runs
+    runs = [
+        Run("Rank", name, SEEDS[0], values | {"train.learning_rate": default_rate}) for name, values in RANKS.items()
+    ]
+    runs += [Run("Methods", name, SEEDS[0], values) for name, values in methods.items()]
+    runs += [
+        Run("Initial values", name, SEEDS[0], values | {"train.learning_rate": lora_rate})
+        for name, values in INITS.items()
+    ]
+    return runs + [Run("Methods", name, seed, values) for seed in SEEDS[1:] for name, values in methods.items()]

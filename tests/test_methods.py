@@ -122,6 +122,25 @@ def test_the_update_s_gradients_are_those_of_its_formula(masked):
     assert torch.autograd.gradcheck(update, tensors)
 
 
+@pytest.mark.parametrize("keep", [low_rank.keep, low_rank.hashed])
+def test_each_mask_drops_its_share_independently_of_place_and_of_other_masks(keep):
+    torch.manual_seed(0)
+    share, size = 0.05, (1024, 768)
+    variance = share * (1 - share)
+
+    def apart(product: torch.Tensor) -> float:
+        """Return how many standard errors the mean of products of independent values is from 0."""
+        return abs(float(product.double().mean())) / variance * product.numel() ** 0.5
+
+    dropped, other = (1.0 - keep(torch.empty(size), share).float() - share for _ in range(2))
+    assert dropped.unique().tolist() == pytest.approx([-share, 1 - share])
+    assert abs(float(dropped.mean())) < 5 * (variance / dropped.numel()) ** 0.5
+    assert apart(dropped * other) < 5
+    for step in (1, 2, 3, 16, 64, 256):
+        assert apart(dropped[step:] * dropped[:-step]) < 5
+        assert apart(dropped[:, step:] * dropped[:, :-step]) < 5
+
+
 @pytest.mark.parametrize("quantization", [None, NF4], ids=["float", "nf4"])
 def test_a_pass_is_that_of_peft(folder, quantization):
     ours, _, _ = attach(folder, quantization)
