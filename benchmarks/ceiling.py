@@ -1,4 +1,4 @@
-"""The device's matrix product, the ceiling of any training on it: bf16 on a GPU, fp32 on a CPU. Prints JSON."""
+"""The device's matrix product, the ceiling of any training on it, in `train`'s default precision. Prints JSON."""
 
 import json
 import time

@@ -63,7 +63,7 @@ def measure(work: Path, steps: int, setting: dict) -> dict:
     model = random_inputs.model(work, setting["size"])
     tokens = random_inputs.tokens(work, model, setting["block size"], steps * setting["batch"])
     options = {"model": model, "tokens": tokens, "rank": setting["rank"], "batch-size": setting["batch"]}
-    return run("benchmarks.ours", options | {"steps": steps, "warmup": steps // 4})
+    return run("benchmarks.ours", options | {"steps": steps, "warmup": max(1, steps // 4)})
 
 
 if __name__ == "__main__":

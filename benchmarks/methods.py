@@ -135,7 +135,8 @@ def measure(
     folder = workspace.empty(out / "runs" / f"{run.name}-seed-{run.seed}")
     made = {name: shared / "data" / name for name in ("base", "raw", "tokens")}
     workspace.lay_out(folder, settings | run.values | {"seed": run.seed}, **made)
-    threads = os.getenv("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // around["jobs"])))
+    at_once = around["jobs"] * len(workspace.cards())
+    threads = os.getenv("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // at_once)))
     place = places.get()
     variables = {"OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": place}
     stages = (workspace.run_stage(name, folder, **variables) for name in ("train", "evaluate"))

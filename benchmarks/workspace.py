@@ -30,7 +30,10 @@ def settings(items: tuple[str, ...]) -> dict[str, Any]:
         key, equals, value = item.partition("=")
         if not (key and equals and value):
             raise Stop(f"--set {item}: expected key=value, for instance train.epochs=1")
-        asked, section = OmegaConf.to_container(OmegaConf.from_dotlist([item])), known
+        try:
+            asked, section = OmegaConf.to_container(OmegaConf.from_dotlist([item])), known
+        except Exception as error:  # of PyYAML, whose own kinds OmegaConf lets through
+            raise Stop(f"--set {item}: not a value of YAML: {error}") from error
         for part in key.split("."):
             if not isinstance(section, dict) or part not in section:
                 raise Stop(f"--set {item}: params.yaml has no {key}")

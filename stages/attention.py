@@ -8,7 +8,7 @@ import contextlib
 
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface, PreTrainedConfig
+from transformers import AttentionInterface, PreTrainedModel
 
 NAME = "causal"
 
@@ -26,8 +26,8 @@ def causal(
     """Return what the tokens read, (batch, tokens, heads, width), in the type of `query`.
 
     Args:
-        query: (batch, heads, tokens, width). key, value: (batch, heads, at least as many tokens, width), of which
-            there may be fewer heads that several of the query share.
+        query: (batch, heads, tokens, width), as many tokens as key and value have, or the last one of theirs.
+        key, value: (batch, heads, tokens, width), of which there may be fewer heads that several of the query share.
         mask: not looked at.
     """
     dtype = query.dtype
@@ -47,10 +47,12 @@ def causal(
     return read.to(dtype).transpose(1, 2).contiguous(), None
 
 
-def fits(config: PreTrainedConfig) -> bool:
-    """Tell whether all layers of a model attend so: none to a sliding window, say."""
+def fits(model: PreTrainedModel) -> bool:
+    """Tell whether all layers of a model attend so, none to a sliding window, say, and let others do it for them."""
+    config = model.config
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    return kinds == {"full_attention"} and not getattr(config, "sliding_window", None)
+    full = kinds == {"full_attention"} and not getattr(config, "sliding_window", None)
+    return full and model.is_backend_compatible()
 
 
 AttentionInterface.register(NAME, causal)

@@ -17,6 +17,7 @@ from stages.command import MANIFEST, Stop, digests, say, stage, whole
 
 FILES = ("config.json", "generation_config.json", "tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json")
 SLOW_TOKENIZERS = (("vocab.json", "merges.txt"), ("tokenizer.model",))
+POSITIONS = ("n_positions", "max_position_embeddings")  # what configurations call the longest context
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 
 
@@ -88,8 +89,8 @@ def write_fast_tokenizer(folder: Path, name: str) -> None:
 
     try:
         AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False).save_pretrained(folder)
-    except (OSError, ValueError, TypeError) as error:
-        raise absent from error
+    except Exception as error:  # tokenizers raises no other kind
+        raise Stop(f"{name}: the tokenizer's files are damaged: {error}") from error
     if not (folder / "tokenizer.json").is_file():
         raise Stop(f"{name}: the tokenizer has no fast form (tokenizer.json), which `tokenize` needs")
 
@@ -100,16 +101,20 @@ def check_vocabulary(folder: Path, name: str) -> int:
 
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        embedding = int(config["vocab_size"])
-    except (ValueError, KeyError, TypeError) as error:
+        sizes = {key: config.get(key) for key in POSITIONS} | {"vocab_size": config["vocab_size"]}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Stop(f"{name}: config.json holds no vocab_size: expected a causal language model") from error
+    for key, size in sizes.items():
+        if not (type(size) is int and size > 0) and (key == "vocab_size" or size is not None):
+            raise Stop(f"{name}: config.json: {key} is {size!r}: expected an integer above 0")
     try:
-        size = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size(with_added_tokens=True)
+        ids = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab(with_added_tokens=True).values()
     except Exception as error:  # the library raises no other kind
         raise Stop(f"{name}: tokenizer.json is damaged: {error}") from error
-    if size > embedding:
-        raise Stop(f"{name}: the tokenizer has {size:,} tokens, the embedding only {embedding:,} rows: not a pair")
-    return size
+    rows = sizes["vocab_size"]
+    if max(ids, default=-1) >= rows:
+        raise Stop(f"{name}: the tokenizer has an id {max(ids):,}, the embedding only {rows:,} rows: not a pair")
+    return len(ids)
 
 
 def check_code(folder: Path, name: str) -> None:

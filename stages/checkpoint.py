@@ -36,8 +36,8 @@ class Checkpoints:
     writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
     writing: Future | None = None
 
-    def due(self, step: int) -> bool:
-        return self.every > 0 and (step % self.every == 0 or bool(self.caught))
+    def due(self, step: int, stopping: bool) -> bool:
+        return self.every > 0 and (step % self.every == 0 or stopping)
 
     def write(
         self,

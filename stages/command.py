@@ -47,14 +47,17 @@ def stage(main: Callable) -> click.Command:
                 raise
             raise Stop(f"{sys.executable} has no package {error.name}: `make install`, then activate .venv") from error
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT):
+            if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise Stop(f"{error.strerror}: {error.filename or Path.cwd()}; outputs are as they were before") from error
-        except RuntimeError as error:
-            if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+        except (RuntimeError, MemoryError) as error:
+            if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+                advice = "on the GPU: lower the stage's batch_size, or end what else uses the GPU (nvidia-smi)"
+            elif isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+                advice = "on the CPU: lower lora.r or the stage's batch_size, or end what else uses the memory"
+            else:
                 raise
-            advice = "lower the stage's batch_size, or end what else uses the GPU (nvidia-smi)"
-            raise Stop(f"out of memory on the GPU: {advice}; outputs are as they were before") from error
+            raise Stop(f"out of memory {advice}; outputs are as they were before") from error
         except KeyboardInterrupt:
             say("Stopped; outputs are as they were before")
             raise SystemExit(130) from None
@@ -102,20 +105,31 @@ def digests(folder: Path, pattern: str = "*") -> dict[str, str]:
     return {path.name: file_digest(path) for path in sorted(folder.glob(pattern)) if path.is_file()}
 
 
-def recorded(folder: Path, maker: str) -> dict:
-    """Return the manifest of a folder that the stage `maker` wrote; stop unless its files are still those."""
-    file = need(folder / MANIFEST, maker)
+def read_json(file: Path, maker: str, *keys: str) -> dict:
+    """Return what the stage `maker` wrote into a JSON file; stop where it is missing, damaged or lacks a key."""
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-        files = manifest["files"]
+        found = json.loads(need(file, maker).read_text(encoding="utf-8"))
+        for key in keys:
+            found[key]
+        return dict(found)
     except (ValueError, KeyError, TypeError) as error:
         raise Stop(f"{file} is damaged ({error}): run `dvc repro --force {maker}`") from error
-    same(folder, files, str(file), maker)
+
+
+def recorded(folder: Path, maker: str, *keys: str) -> dict:
+    """Return the manifest of a folder that the stage `maker` wrote; stop unless its files are still those."""
+    file = folder / MANIFEST
+    manifest = read_json(file, maker, "files", *keys)
+    same(folder, manifest["files"], file, maker)
     return manifest
 
 
-def same(folder: Path, expected: dict[str, str], since: str, maker: str) -> None:
-    """Stop at a file in `folder` that is not the one whose digest the stage `since` recorded."""
+def same(folder: Path, expected: dict[str, str], since: Path, maker: str) -> None:
+    """Stop at a file in `folder` that is not the one whose digest the file `since` holds.
+
+    Args:
+        maker: the stage that wrote the folder, and behind it those that have to run after it.
+    """
     for name, digest in expected.items():
         if file_digest(need(folder / name, maker.split()[0])) != digest:
             raise Stop(

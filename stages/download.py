@@ -183,7 +183,8 @@ def _append(url: str, out: BinaryIO, size: int, name: str) -> None:
             raise Damaged(name)
         hf_raise_for_status(response)
         if held and response.status_code != 206:  # the whole, not the rest
-            out.truncate(0)
+            out.seek(0)
+            out.truncate()
         with tqdm(desc=name, total=size, initial=out.tell(), unit="B", unit_scale=True) as bar:
             for chunk in response.iter_bytes():
                 out.write(chunk)

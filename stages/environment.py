@@ -15,7 +15,6 @@ from pathlib import Path
 
 from stages.command import Stop, whole
 
-STAGES = ("base", "prepare", "tokenize", "train")
 PACKAGES = (
     "accelerate",
     "bitsandbytes",

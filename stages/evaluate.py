@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import click
 
 from stages import environment, params, plots, report
-from stages.command import Stop, need, say, stage, whole
+from stages.command import MANIFEST, Stop, same, say, stage, whole
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -82,10 +82,10 @@ def main(raw: Path, tokens: Path, base: Path, adapter: Path, out: Path, position
     from stages.tokenize import load_tokenizer
 
     manifest = rows.read_manifest(tokens, base)
+    same(raw, manifest["raw"], tokens / MANIFEST, "prepare tokenize")
     block_size = manifest["block_size"]
     stride = choose_stride(evaluate, block_size)
     text = protocols.read(raw)
-    need(base / "tokenizer.json", "base")
     tokenizer = load_tokenizer(base)
     task = lay_out(evaluate.protocol, stride, manifest, text, tokens, tokenizer)
     if len(task.windows) == 0 or task.words == 0:

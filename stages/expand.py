@@ -22,12 +22,13 @@ def main(adapter: Path, out: Path) -> None:
         raise Stop(f"{out} exists: expected the name of a new folder")
     from safetensors.torch import save_file
 
-    from stages import fake_quant, lora
+    from stages import fake_quant, lora, model
 
     if not (adapter / fake_quant.FILE).exists():
         raise Stop(
             f"{adapter} holds no {fake_quant.FILE}: it was not trained with lora.bits 8 or 4, and needs no expanding"
         )
+    model.check_adapter(adapter)
     tensors = fake_quant.load(adapter)
     with whole(out) as folder:
         folder.mkdir()

@@ -4,14 +4,13 @@ in   data/base, data/adapter
 out  the prompt and its continuation on stdout, as the tokens come; which model on which device on stderr
 """
 
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from stages.command import Stop, need, stage
+from stages.command import Stop, read_json, stage
 from stages.tokenize import end_of_text, load_tokenizer
 
 if TYPE_CHECKING:
@@ -63,7 +62,7 @@ def number(context: click.Context, option: click.Parameter, value: float) -> flo
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True, help="Same seed, same text.")
 def main(prompt: str, base: bool, max_new_tokens: int, greedy: bool, seed: int, **sampling: float) -> None:
     """Continue PROMPT with the tuned model. An empty PROMPT begins a new text."""
-    config = json.loads(need(BASE / "config.json", "base").read_text(encoding="utf-8"))
+    config = read_json(BASE / "config.json", "base", "vocab_size")
     tokenizer = load_tokenizer(BASE)
     end = end_of_text(BASE, config, tokenizer)
     ids = encode(tokenizer, prompt) or [end]  # each text but a corpus's first follows the end of another

@@ -126,6 +126,7 @@ def fit(
     model.train()
     add = gradient.prepare(model, train, options.batch_size, options.compile, steps, dtype)
     started = time.perf_counter()
+    step, stopping = done, False
     order = itertools.islice(batches(len(train), rows_a_step, options.epochs, seed), done, None)
     with tqdm(total=steps, initial=done, desc="train", unit="step", mininterval=0.5) as bar:
         for step, places in enumerate(order, start=done + 1):
@@ -159,14 +160,15 @@ def fit(
                     best_values = [parameter.detach().to("cpu", copy=True) for parameter in trained]
                 losses, counts = [], []
                 started = time.perf_counter()
-            if checkpoints and checkpoints.due(step):
+            stopping = bool(checkpoints and checkpoints.caught)
+            if checkpoints and checkpoints.due(step, stopping):
                 history.seconds += time.perf_counter() - started
                 started = time.perf_counter()
                 record = {"counts": counts, "history": asdict(history)}
                 checkpoints.write(step, trained, optimizer, best_values, losses, record)
-            if checkpoints and checkpoints.caught:
+            if stopping:
                 break
-    if checkpoints and checkpoints.caught:
+    if stopping:
         checkpoints.stop(step, steps)
     with torch.no_grad():
         for parameter, value in zip(trained, best_values, strict=True):
@@ -216,8 +218,9 @@ def set_dropout(model: torch.nn.Module, share: float) -> None:
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Dropout) and "lora_dropout" not in name:
             module.p = share
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = share
+        for key, value in vars(module).items():
+            if "dropout" in key and isinstance(value, float):  # what a module hands to a function
+                setattr(module, key, share)
 
 
 def check_finite(numbers: list[torch.Tensor], step: int, what: str = "loss") -> None:

@@ -6,7 +6,6 @@ learned lengths of its rows (Liu et al., 2024, arXiv:2402.09353).
 """
 
 import json
-import math
 import re
 import types
 from dataclasses import dataclass
@@ -38,7 +37,7 @@ class Lora:
 
     def __post_init__(self):
         params.require(self.r > 0, "lora.r", self.r, "an integer above 0")
-        params.require(0 < self.alpha < math.inf, "lora.alpha", self.alpha, "a number above 0")
+        params.require(0 < self.alpha <= 1e9, "lora.alpha", self.alpha, "a number above 0, at most 1e9")
         params.require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "a number of at least 0, below 1")
         named = isinstance(self.target_modules, list) and all(isinstance(name, str) for name in self.target_modules)
         good = self.target_modules == "all-linear" or (named and self.target_modules)

@@ -3,7 +3,7 @@
     pissa        s B A = the r largest singular triplets of W; W keeps the rest (Meng et al., 2024, arXiv:2404.02948)
     olora        B, A = the first r columns and rows of Q, R = qr(W); W keeps W - s B A
                  (Büyükakyüz, 2024, arXiv:2406.01775)
-    orthogonal   both random, of orthogonal row spaces, so that B A = 0
+    orthogonal   both random, B's rows orthogonal to A's columns, so that B A = 0
     loftq        s B A = the r largest singular triplets of W - Wq, the error of quantising W; Wq stays as it is, the
                  first round of Li et al., 2023, arXiv:2310.08659
 

@@ -1,7 +1,9 @@
 """Loading the base model, in floats or quantised, and the tuned model on top of it."""
 
+import contextlib
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 from transformers.utils import logging as transformers_logging
 
 from stages import attention, device, lora, params
-from stages.command import Stop, digests, need, same
+from stages.command import Stop, digests, need, read_json, same
 
 transformers_logging.disable_progress_bar()  # of reading weights: a second, in bars that say nothing
 METHOD_FILE = "method.json"
@@ -64,7 +66,7 @@ def load_base(folder: Path, quantization: Quantization | None, dtype: torch.dtyp
 def skeleton(folder: Path) -> PreTrainedModel:
     """Return the model in data/base without its weights: what can be checked on it costs no time."""
     config = _config(folder)
-    with torch.device("meta"):
+    with torch.device("meta"), _one_line(folder):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
@@ -99,25 +101,33 @@ def load_tuned(base: Path, adapter: Path, dtype: torch.dtype) -> torch.nn.Module
 
 
 def check_files(base: Path, adapter: Path) -> None:
-    """Stop unless the weights in both folders are those that `save_method` recorded."""
-    file = need(adapter / METHOD_FILE, "train")
-    record = json.loads(file.read_text())
-    same(adapter, record["files"], str(file), "train")
-    same(base, record["base"], str(file), "base train")
+    """Stop unless the adapter and the weights of its base are those that `save_method` recorded."""
+    same(base, check_adapter(adapter)["base"], adapter / METHOD_FILE, "base train")
+
+
+def check_adapter(folder: Path) -> dict:
+    """Return what `save_method` recorded; stop unless the adapter's files are still those."""
+    record = _record(folder)
+    same(folder, record["files"], folder / METHOD_FILE, "train")
+    return record
 
 
 def load_method(folder: Path) -> tuple[str, Quantization | None]:
     """Return what `save_method` recorded: the method, and how its base was quantised."""
-    record = json.loads(need(folder / METHOD_FILE, "train").read_text())
+    record = _record(folder)
     return record["method"], Quantization(**record["quantization"]) if record["quantization"] else None
 
 
-def save_method(folder: Path, method: str, quantization: Quantization | None, base: Path | None = None) -> None:
+def save_method(folder: Path, method: str, quantization: Quantization | None, base: Path) -> None:
     """Record beside an adapter what it was trained on: `evaluate` loads the same base in the same form."""
     record = {"method": method, "quantization": asdict(quantization) if quantization else None}
-    weights = "*.safetensors"
-    record |= {"files": digests(folder, weights), "base": digests(base, weights) if base else {}}
+    files = {name: digest for name, digest in digests(folder).items() if name != METHOD_FILE}
+    record |= {"files": files, "base": digests(base, "*.safetensors")}
     (folder / METHOD_FILE).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _record(folder: Path) -> dict:
+    return read_json(folder / METHOD_FILE, "train", "method", "quantization", "files", "base")
 
 
 def frozen_parameters(model: torch.nn.Module) -> int:
@@ -150,28 +160,44 @@ def _scales(parameter: torch.nn.Parameter) -> list[torch.Tensor]:
 
 def _config(folder: Path) -> PretrainedConfig:
     need(folder / "config.json", "base")
-    try:
+    with _one_line(folder):
         # Left out, trust_remote_code has transformers ask at the keyboard whether to run a model's own code.
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except ValueError as error:
-        line = f"{folder}/config.json: transformers itself cannot load this model ({error})"
-        raise Stop(f"{line}; code that comes with a model is never run") from error
 
 
-def _load(folder: Path, config, **quantized) -> PreTrainedModel:
-    try:
-        return AutoModelForCausalLM.from_pretrained(
+def _load(folder: Path, config: PretrainedConfig, **quantized) -> PreTrainedModel:
+    with _one_line(folder):
+        model, found = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype=torch.float32,
-            attn_implementation=attention.NAME if attention.fits(config) else None,
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are told of below
             **quantized,
         )
-    except (ValueError, SafetensorError) as error:
-        raise Stop(f"{folder}: {error}") from error
+    # What transformers would fill with random numbers.
+    for name, held, wanted in sorted(found["mismatched_keys"]):
+        raise Stop(f"{folder}: {name} is {tuple(held)} in *.safetensors, {tuple(wanted)} by config.json: not a pair")
+    for name in sorted(found["missing_keys"]):
+        raise Stop(f"{folder}: *.safetensors lack {len(found['missing_keys'])} of the model's weights, {name} first")
+    if attention.fits(model):
+        model.set_attn_implementation(attention.NAME)
+    return model
+
+
+@contextlib.contextmanager
+def _one_line(folder: Path) -> Iterator[None]:
+    """Make one line of what transformers raises at a folder that does not hold a causal language model."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError, SafetensorError) as error:
+        line = f"{folder}: transformers itself cannot load this model ({type(error).__name__}: {error})"
+        raise Stop(f"{line}; code that comes with a model is never run") from error
 
 
 def _bitsandbytes(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig:

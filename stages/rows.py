@@ -101,9 +101,9 @@ def save_parts(parts: Iterable[Rows], width: int, dtype: type, folder: Path, spl
 
 def read_manifest(folder: Path, base: Path) -> dict:
     """Return the manifest of data/tokens; stop unless its arrays and the base model are those it was written of."""
-    manifest = recorded(folder, "tokenize")
+    manifest = recorded(folder, "tokenize", "base", "block_size")
     need(base / "config.json", "base")
-    same(base, manifest["base"], str(folder / MANIFEST), "base tokenize")
+    same(base, manifest["base"], folder / MANIFEST, "base tokenize")
     return manifest
 
 

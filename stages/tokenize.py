@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import click
 
 from stages import articles, environment, params
-from stages.command import MANIFEST, Stop, digests, need, recorded, say, stage, whole
+from stages.command import MANIFEST, Stop, digests, need, read_json, recorded, say, stage, whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,7 +51,7 @@ def main(raw: Path, base: Path, out: Path) -> None:
     from stages import rows
 
     tokenize = params.section("tokenize", Tokenize)
-    config = json.loads(need(base / "config.json", "base").read_text(encoding="utf-8"))
+    config = read_json(base / "config.json", "base", "vocab_size")
     if (base / MANIFEST).exists():  # or else it is a folder that `base` did not write
         recorded(base, "base")
     block_size = choose_block_size(tokenize.block_size, config)
@@ -85,6 +85,7 @@ def main(raw: Path, base: Path, out: Path) -> None:
             "splits": splits,
             "files": digests(folder, "*.npy"),
             "base": digests(base),
+            "raw": digests(raw, "*.txt"),
         }
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     environment.write(out, "tokenize", started)
@@ -103,7 +104,11 @@ def choose_block_size(block_size: int | None, config: dict) -> int:
 def load_tokenizer(base: Path) -> "Tokenizer":
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
+    file = need(base / "tokenizer.json", "base")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises no other kind
+        raise Stop(f"{file} is damaged: {error}: run `dvc repro --force base`") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     # The characters "<|endoftext|>" in a corpus are text; only the pipeline itself ends a text.
@@ -114,13 +119,13 @@ def load_tokenizer(base: Path) -> "Tokenizer":
 def end_of_text(base: Path, config: dict, tokenizer: "Tokenizer") -> int:
     """Return the id that ends a text: the tokenizer's own eos token, else the one that the model's config names."""
     settings = base / "tokenizer_config.json"
-    token = json.loads(settings.read_text(encoding="utf-8")).get("eos_token") if settings.is_file() else None
+    token = read_json(settings, "base").get("eos_token") if settings.is_file() else None
     if isinstance(token, dict):
-        token = token["content"]
-    end = tokenizer.token_to_id(token) if token else config.get("eos_token_id")
-    if isinstance(end, list):
+        token = token.get("content")
+    end = tokenizer.token_to_id(token) if isinstance(token, str) else config.get("eos_token_id")
+    if isinstance(end, list) and end:
         end = end[0]
-    if end is None or end >= config["vocab_size"]:
+    if not isinstance(end, int) or not 0 <= end < config["vocab_size"]:
         raise Stop(f"{base}: no end-of-text token: expected eos_token in tokenizer_config.json")
     return end
 
@@ -134,9 +139,12 @@ def read(path: Path, longest: int = -1) -> Iterator[str]:
         path.open(encoding="utf-8", newline="\n") as file,
         tqdm(total=size, unit="B", unit_scale=True, desc=f"tokenize {path.stem}", leave=False) as bar,
     ):
-        while line := file.readline(longest):
-            bar.update(file.buffer.tell() - bar.n)
-            yield line
+        try:
+            while line := file.readline(longest):
+                bar.update(file.buffer.tell() - bar.n)
+                yield line
+        except UnicodeDecodeError as error:
+            raise Stop(f"{path} is not UTF-8 ({error}): run `dvc repro --force prepare`") from error
 
 
 def packed(

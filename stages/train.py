@@ -52,7 +52,7 @@ def main(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path) 
     say("train: loading torch and transformers")
     import torch
 
-    from stages import checkpoint, device, loop, lora, lora_init, memory, model, rows
+    from stages import checkpoint, device, gradient, loop, lora, lora_init, memory, model, rows
 
     method = params.chosen("method", "methods")
     section = params.section(f"methods.{method}", model.Quantization if method == "qlora" else Plain)
@@ -76,7 +76,8 @@ def main(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path) 
     network, taken = build(base, method, quantization, low_rank, dtype)
     split, held_out = rows.load(tokens, "train"), rows.load(tokens, "validation")
     read = {"method": method, "quantization": asdict(section), "lora": asdict(low_rank), "train": asdict(options)}
-    on = f"{device.describe(place)}, {dtype}"
+    # Without a compiler steps are computed in another way, with other random numbers.
+    on = f"{device.describe(place)}, {dtype}, {gradient.lacks() if place.type == 'cuda' else None}"
     name = checkpoint.key(read | {"seed": seed}, [tokens, base], code_files(), on)
     try:
         with checkpoint.signals() as caught:

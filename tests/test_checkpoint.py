@@ -190,6 +190,34 @@ def test_a_second_signal_ends_it_at_once(workplace, monkeypatch):
     assert {file.name[:8] for file in checkpoints()} == {"00000002", "00000004"}
 
 
+def test_a_signal_between_two_looks_still_leaves_a_checkpoint(workplace, monkeypatch):
+    """It comes when step 5 has been told to leave none, and before the loop looks whether to go on."""
+    due = checkpoint.Checkpoints.due
+
+    def late(self, step, stopping):
+        found = due(self, step, stopping)
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return found
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "due", late)
+    assert "train: stopped after step 6 of 16; kept in " in run(train.main, 143)
+    assert "00000006" in {file.name[:8] for file in checkpoints()}
+
+
+def test_a_signal_to_a_run_that_has_no_step_left_lets_it_end(workplace, stopped, monkeypatch):
+    stopped(16)
+    resume = checkpoint.Checkpoints.resume
+
+    def signalled(self, *others):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return resume(self, *others)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "resume", signalled)
+    assert "going on after step 16 of 16" in run(train.main)
+    assert Path("data/adapter").exists()
+
+
 def test_without_checkpoints_a_signal_finishes_the_step_and_keeps_nothing(workplace, stopped):
     tiny.set_param(workplace, "train.checkpoint_every", 0)
     assert "nothing is kept, since train.checkpoint_every is 0" in stopped(5)

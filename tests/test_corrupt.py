@@ -9,7 +9,7 @@ import tiny
 from click.testing import CliRunner
 from test_errors import contents, made, refusal  # noqa: F401
 
-from stages import evaluate, export, tokenize, train
+from stages import evaluate, expand, export, generate, tokenize, train
 
 STAGES = {"tokenize": tokenize.main, "train": train.main, "evaluate": evaluate.main}
 
@@ -59,6 +59,8 @@ def options(stage: str) -> list[str]:
         ("train", "base/model.safetensors"),
         ("evaluate", "base/model.safetensors"),
         ("evaluate", "adapter/adapter_model.safetensors"),
+        ("evaluate", "adapter/adapter_config.json"),
+        ("evaluate", "raw/test.txt"),
     ],
 )
 def test_a_damaged_file_is_named_by_the_stage_that_reads_it(data, stage, name, damage):
@@ -89,6 +91,38 @@ def test_a_manifest_that_is_damaged(data, content):
         assert line.startswith(f"{file} is damaged")
         assert line.endswith(f"run `dvc repro --force {maker}`")
         file.write_text(before)
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]"])
+def test_a_record_of_the_method_that_is_damaged(data, content):
+    (data / "adapter" / "method.json").write_text(content)
+    for stage, arguments in ((evaluate.main, options("evaluate")), (export.main, ["--out", "exported"])):
+        line = refusal(stage, *arguments)
+        assert line.startswith("data/adapter/method.json is damaged")
+        assert line.endswith("run `dvc repro --force train`")
+
+
+def test_a_text_that_is_no_longer_utf_8(data):
+    with (data / "raw" / "train.txt").open("ab") as file:
+        file.write(b"\xff")
+    line = refusal(tokenize.main, *options("tokenize"))
+    assert line.startswith("data/raw/train.txt is not UTF-8")
+    assert line.endswith("run `dvc repro --force prepare`")
+
+
+@pytest.mark.parametrize("damage", [cut, empty])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_generate_names_a_damaged_file(data, name, damage):
+    damage(data / "base" / name)
+    assert refusal(generate.main, "the river").startswith(f"data/base/{name} is damaged")
+
+
+def test_expand_names_a_damaged_adapter(data):
+    shutil.rmtree(data / "adapter")
+    tiny.write_adapter(data / "adapter", data / "base", bits=8)
+    cut(data / "adapter" / "adapter_quantized.safetensors")
+    line = refusal(expand.main, "--out", "plain")
+    assert line.startswith("data/adapter/adapter_quantized.safetensors is damaged")
 
 
 @pytest.mark.parametrize("stage", ["train", "evaluate"])

@@ -13,6 +13,7 @@ import click
 import numpy as np
 import pytest
 import tiny
+import torch
 from click.testing import CliRunner
 
 from stages import base, command, evaluate, model, prepare, tokenize, train
@@ -20,6 +21,21 @@ from stages.command import whole
 
 OUTPUTS = {"base": "data/base", "prepare": "data/raw", "tokenize": "data/tokens", "train": "data/adapter"}
 BARE = {"PATH": os.environ["PATH"], "PYTHONPATH": ""}  # an environment in which only the interpreter decides
+
+
+def change(file: Path, **values) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def loading(folder: Path) -> click.Command:
+    """A stage that does nothing but load a base, as train and evaluate do."""
+
+    def main():
+        """Load it."""
+        model.skeleton(folder)
+        model.load_base(folder, None, torch.float32)
+
+    return command.stage(main)
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
@@ -324,12 +340,81 @@ def test_a_tokenizer_with_more_tokens_than_the_model(workplace):
     config = json.loads(file.read_text())
     file.write_text(json.dumps(config | {"vocab_size": 299}))
     line = refusal(base.main)
-    assert line == "model: the tokenizer has 300 tokens, the embedding only 299 rows: not a pair"
+    assert line == "model: the tokenizer has an id 299, the embedding only 299 rows: not a pair"
 
 
 def test_a_model_that_is_no_language_model(workplace):
     (workplace / "model" / "config.json").write_text("{}")
     assert refusal(base.main).startswith("model: config.json holds no vocab_size: ")
+
+
+@pytest.mark.parametrize(("key", "value"), [("n_positions", -3), ("n_positions", "64"), ("vocab_size", "300")])
+def test_a_size_that_is_none(workplace, key, value):
+    change(workplace / "model" / "config.json", **{key: value})
+    assert refusal(base.main) == f"model: config.json: {key} is {value!r}: expected an integer above 0"
+
+
+def test_a_token_whose_id_has_no_row(workplace):
+    """Fewer tokens than rows, one of them far behind the last row."""
+    file = workplace / "model" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary[max(vocabulary, key=vocabulary.get)] = 70_000
+    file.write_text(json.dumps(content))
+    assert refusal(base.main) == "model: the tokenizer has an id 70,000, the embedding only 300 rows: not a pair"
+
+
+def test_a_vocabulary_that_is_cut_off(workplace):
+    (workplace / "model" / "tokenizer.json").unlink()
+    (workplace / "model" / "vocab.json").write_text('{"a": ')
+    (workplace / "model" / "merges.txt").write_text("#version: 0.2\na b\n")
+    assert refusal(base.main).startswith("model: the tokenizer's files are damaged: ")
+
+
+@pytest.mark.parametrize("settings", ["{", "[]", '{"eos_token": {}}', '{"eos_token": 1}'])
+def test_a_tokenizer_without_an_end_of_text(workplace, made, settings):
+    model = shutil.copytree(made["base"], workplace / "broken")
+    (model / "manifest.json").unlink()
+    (model / "tokenizer_config.json").write_text(settings)
+    change(model / "config.json", eos_token_id=None)
+    line = refusal(tokenize.main, "--raw", made["raw"], "--base", model)
+    assert "broken" in line and ("end-of-text" in line or "is damaged" in line)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"n_embd": 32},
+            "transformer.h.0.attn.c_attn.bias is (192,) in *.safetensors, (96,) by config.json: not a pair",
+        ),
+        ({"n_layer": 4}, "lack 24 of the model's weights, transformer.h.2.attn.c_attn.bias first"),
+        ({"n_head": 3}, "divisible"),
+        ({"activation_function": "none such"}, "none such"),
+        ({"model_type": "t5"}, "transformers itself cannot load this model"),
+    ],
+    ids=str,
+)
+def test_a_configuration_that_is_not_that_of_the_weights(workplace, made, changes, said):
+    broken = shutil.copytree(made["base"], workplace / "broken")
+    change(broken / "config.json", **changes)
+    result = CliRunner().invoke(loading(broken))
+    assert result.exit_code == 1, result.output
+    (line,) = result.output.splitlines()
+    assert line.startswith("Error: ") and str(broken) in line and said in line
+
+
+def test_weights_that_the_files_lack_are_not_made_up(workplace, made):
+    from safetensors.torch import load_file, save_file
+
+    broken = shutil.copytree(made["base"], workplace / "broken")
+    values = load_file(broken / "model.safetensors")
+    values.pop("transformer.h.1.mlp.c_fc.weight")
+    save_file(values, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        command.Stop, match=r"lack 1 of the model's weights, transformer\.h\.1\.mlp\.c_fc\.weight first"
+    ):
+        model.load_base(broken, None, torch.float32)
 
 
 # Stages out of order
@@ -375,13 +460,12 @@ def test_a_learning_rate_at_which_the_loss_explodes(workplace, inputs, batch_siz
 
 
 def test_a_model_that_is_broken(workplace, inputs, made):
-    import torch
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(made["adapter"], workplace / "broken")
     file = workplace / "broken" / "adapter_model.safetensors"
     save_file({name: torch.full_like(value, torch.nan) for name, value in load_file(file).items()}, file)
-    model.save_method(workplace / "broken", "lora", None)
+    model.save_method(workplace / "broken", "lora", None, made["base"])
     line = refusal(evaluate.main, *inputs["evaluate"], "--adapter", "broken")
     assert line == "evaluate: the loss is nan: the model is broken; train again with a lower learning rate"
 
@@ -427,6 +511,20 @@ def test_a_full_disk(workplace, inputs, full_disk, name):
     assert "No space left on device" in line
     assert str(full_disk) in line
     assert contents(full_disk) == before
+
+
+def test_an_output_below_a_file(workplace, inputs):
+    (workplace / "data" / "file").write_text("a file")
+    line = refusal(tokenize.main, *inputs["tokenize"], "--out", "data/file/tokens")
+    assert "data/file" in line and line.endswith("outputs are as they were before")
+
+
+def test_too_little_memory_of_the_cpu(workplace, inputs, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried")
+
+    monkeypatch.setattr(train, "build", fail)
+    assert refusal(train.main, *inputs["train"]).startswith("out of memory on the CPU: lower lora.r or ")
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS])

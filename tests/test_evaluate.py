@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from stages import (
     train,
     windows,
 )
+from stages.command import digests
 from stages.likelihood import Likelihood
 
 METHODS = {
@@ -283,8 +285,11 @@ def test_a_wrong_parameter_is_one_line_before_torch_is_loaded(restored, settings
 def test_a_text_with_nothing_to_predict_is_one_line(restored, tmp_path, protocol, text):
     tiny.set_param(restored, "evaluate.protocol", protocol)
     (tmp_path / "test.txt").write_text(text)
+    tokens = shutil.copytree("data/tokens", tmp_path / "tokens")
+    manifest = json.loads((tokens / "manifest.json").read_text())
+    (tokens / "manifest.json").write_text(json.dumps(manifest | {"raw": digests(tmp_path, "*.txt")}))
     line = f"Error: {tmp_path}/test.txt: nothing to score: expected a word at least, and a token to predict"
-    assert refusal("--raw", tmp_path) == line
+    assert refusal("--raw", tmp_path, "--tokens", tokens) == line
 
 
 def test_a_manifest_that_is_damaged_is_one_line(tmp_path):

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from stages import export, likelihood, lora, model, rows, scoring
+from stages.command import Stop
 
 IDS = torch.arange(3 * 40).reshape(3, 40) * 7 % 300
 NF4 = model.Quantization(bits=4, quant_type="nf4", double_quant=True)
@@ -174,7 +175,7 @@ def test_a_model_that_was_trained_whole():
     with torch.no_grad():
         network.transformer.h[0].mlp.c_fc.weight += 0.1
     network.save_pretrained("adapter")
-    model.save_method(Path("adapter"), "full", None)
+    model.save_method(Path("adapter"), "full", None, Path("gpt2"))
     assert "all weights: loss" in run("gpt2")
     assert contents("out", "model.safetensors") == contents("adapter", "model.safetensors")
     torch.testing.assert_close(logits(exported()), logits(tuned("gpt2")), rtol=0, atol=1e-4)
@@ -264,7 +265,7 @@ def test_nothing_but_its_own_lines_on_a_terminal():
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_float_base_is_not_dequantised(method):
     tiny.write_adapter(Path("adapter"), Path("gpt2"))
-    model.save_method(Path("adapter"), method, None)
+    model.save_method(Path("adapter"), method, None, Path("gpt2"))
     assert refusal("gpt2", "--onto", "dequantized").startswith("--onto dequantized: what was trained stands on a float")
 
 
@@ -296,12 +297,16 @@ def test_a_pickled_adapter():
 def test_an_adapter_of_another_base(other):
     GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=64, n_layer=2, n_embd=128, n_head=2)).save_pretrained("wide")
     tiny.write_adapter(Path("adapter"), Path("gpt2"))
-    assert refusal(other).startswith("adapter does not fit the base, was it trained on another? ")
+    assert refusal(other).startswith(
+        f"{other}/model.safetensors is damaged, or not the one that adapter/method.json rec"
+    )
+    with pytest.raises(Stop, match=r"^adapter does not fit the base, was it trained on another\? "):
+        lora.load(model.load_base(Path(other), None, torch.float32), Path("adapter"))
 
 
 def test_no_base():
     tiny.write_adapter(Path("adapter"), Path("gpt2"))
-    assert refusal("nowhere").startswith("nowhere/config.json is missing: run `dvc repro base`")
+    assert refusal("nowhere").startswith("nowhere/model.safetensors is missing: run `dvc repro base`")
 
 
 def test_a_merge_that_is_not_what_was_trained(monkeypatch):
@@ -318,5 +323,5 @@ def test_an_adapter_that_is_not_finite(onto):
     values = load_file("adapter/adapter_model.safetensors")
     values[min(values)][0, 0] = float("nan")
     save_file(values, "adapter/adapter_model.safetensors", metadata={"format": "pt"})
-    model.save_method(Path("adapter"), "qlora", NF4)
+    model.save_method(Path("adapter"), "qlora", NF4, Path("gpt2"))
     assert refusal("gpt2", "--onto", onto).startswith("export: not the model that was trained")

@@ -13,7 +13,15 @@ import torch
 import torch._dynamo
 import torch.nn.functional as F
 from click.testing import CliRunner
-from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, MistralConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+)
 
 from benchmarks import random_inputs, workspace
 from stages import attention, gradient, likelihood, loop, lora, model, rows, scoring, train
@@ -260,10 +268,29 @@ def test_a_token_generated_after_others_reads_them_all(tiny_model):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("config", "fits"),
+    [(GPT2Config(), True), (LlamaConfig(), True), (MistralConfig(sliding_window=4), False), (BloomConfig(), False)],
+    ids=lambda value: getattr(value, "model_type", value),
+)
+def test_attention_is_replaced_where_all_layers_attend_so_and_leave_it_to_others(config, fits):
+    with torch.device("meta"):
+        assert attention.fits(AutoModelForCausalLM.from_config(config)) is fits
+
+
+def test_a_model_that_attends_in_its_own_way_does_not_look_ahead(tmp_path):
+    torch.manual_seed(0)
+    config = BloomConfig(vocab_size=300, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3)
+    BloomForCausalLM(config).save_pretrained(tmp_path)
+    network, split = model.load_base(tmp_path, None, FP32), make_rows([9] * 2)
+    assert network.config._attn_implementation != attention.NAME
+    assert likelihood.score(network, split, 2, FP32, "").tokens == split.targets
+    network.config._attn_implementation = attention.NAME  # which Bloom takes for a reason to make no mask
+    with pytest.raises(Stop, match=r"^Bloom\w+ looks ahead"):
+        likelihood.score(network, split, 2, FP32, "")
+
+
 def test_a_model_with_a_sliding_window_keeps_its_mask(tmp_path):
-    assert attention.fits(GPT2Config())
-    assert attention.fits(LlamaConfig())
-    assert not attention.fits(MistralConfig(sliding_window=4))
     torch.manual_seed(0)
     size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = LlamaConfig(vocab_size=300, num_key_value_heads=2, max_position_embeddings=64, **size)

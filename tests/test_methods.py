@@ -466,6 +466,7 @@ def test_an_expanded_adapter_is_an_ordinary_one(folder, tmp_path, changes):
     network, chosen, _ = attach(folder, **changes)
     (tmp_path / "adapter").mkdir()
     lora.save(network, chosen, {}, tmp_path / "adapter")
+    model.save_method(tmp_path / "adapter", "lora", None, folder)
     done = CliRunner().invoke(expand.main, ["--adapter", str(tmp_path / "adapter"), "--out", str(tmp_path / "plain")])
     assert done.exit_code == 0, done.output
     assert {file.name for file in (tmp_path / "plain").iterdir()} == {
@@ -492,12 +493,12 @@ def test_only_a_quantised_adapter_is_expanded_and_into_a_new_folder(folder, tmp_
 def test_evaluation_reads_nothing_but_the_stored_form(folder, tmp_path):
     network, chosen, _ = attach(folder, bits=8)
     lora.save(network, chosen, {}, tmp_path)
-    model.save_method(tmp_path, "lora", None)
+    model.save_method(tmp_path, "lora", None, folder)
     expected = logits(network)
     del network
     assert torch.equal(logits(model.load_tuned(folder, tmp_path, torch.float32)), expected)
     tensors = fake_quant.load(tmp_path)
     fake_quant.save({name: 2 * tensor for name, tensor in tensors.items()}, 8, tmp_path)
-    model.save_method(tmp_path, "lora", None)
+    model.save_method(tmp_path, "lora", None, folder)
     assert not torch.equal(logits(model.load_tuned(folder, tmp_path, torch.float32)), expected)
     assert json.loads((tmp_path / "method.json").read_text())["method"] == "lora"

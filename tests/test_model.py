@@ -289,7 +289,7 @@ def test_a_saved_adapter_comes_back_with_the_same_logits(lively, tmp_path, quant
     network = lora.attach(load(lively, quantization), low_rank())
     step(network)
     lora.save(network, low_rank(), {}, tmp_path)
-    model.save_method(tmp_path, "qlora" if quantization else "lora", quantization)
+    model.save_method(tmp_path, "qlora" if quantization else "lora", quantization, lively)
     loaded = model.load_tuned(lively, tmp_path, torch.float32)
     assert torch.equal(logits(loaded), logits(network))
     assert not torch.equal(logits(network), logits(load(lively, quantization)))

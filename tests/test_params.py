@@ -133,7 +133,7 @@ def test_a_value_of_the_wrong_type_is_refused(folder, key, value, expected):
         ("evaluate.stride", -512, "an integer above 0, or null"),
         ("evaluate.protocol", "lm_eval", "one of native, hf, lm-eval"),
         ("lora.r", 0, "an integer above 0"),
-        ("lora.alpha", 0.0, "a number above 0"),
+        ("lora.alpha", 0.0, "a number above 0, at most 1e9"),
         ("lora.dropout", 1.0, SHARE),
         ("lora.target_modules", "all", "all-linear or a list of module names"),
         ("lora.target_modules", [], "all-linear or a list of module names"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from stages import device, gradient, likelihood, loop, lora, model, rows, scoring
 from stages.command import Stop
@@ -325,6 +325,16 @@ def test_base_dropout_leaves_the_adapters_alone(tiny_model):
     adapters = {share for name, share in shares.items() if "lora_dropout" in name}
     others = {share for name, share in shares.items() if "lora_dropout" not in name}
     assert (adapters, others) == ({0.05}, {0.3})
+
+
+def test_base_dropout_reaches_what_modules_hand_to_functions():
+    torch.manual_seed(0)
+    size = {"vocab_size": 50, "hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32, "num_hidden_layers": 1}
+    network = OPTForCausalLM(OPTConfig(**size, num_attention_heads=2, dropout=0.5, attention_dropout=0.5)).train()
+    ids = torch.arange(20)[None]
+    assert not torch.equal(network(input_ids=ids).logits, network(input_ids=ids).logits)
+    loop.set_dropout(network, 0.0)
+    assert torch.equal(network(input_ids=ids).logits, network(input_ids=ids).logits)
 
 
 def test_base_dropout_is_off_unless_asked_for(tiny_model):

@@ -87,7 +87,7 @@ def write_adapter(folder: Path, base: Path, quantization=None, **changes) -> Pat
                 parameter += torch.randn_like(parameter) * (0.1 if "lora_" in name else 0.02)
     folder.mkdir(parents=True)
     lora.save(network, chosen, {}, folder)
-    model.save_method(folder, "lora" if quantization is None else "qlora", quantization)
+    model.save_method(folder, "lora" if quantization is None else "qlora", quantization, base)
     return folder
 
 
