@@ -7,11 +7,14 @@ no parts. So the files come into its cache from here, under the names that it gi
 import contextlib
 import functools
 import hashlib
+import math
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import BinaryIO
 
@@ -201,4 +204,8 @@ def _asked(response) -> int:
     limit = parse_ratelimit_headers(response.headers)
     if response.status_code == 429 and limit and limit.remaining == 0:
         return limit.reset_in_seconds
-    return int(asked) if asked.isdecimal() and asked.isascii() else 0
+    if asked.isdecimal() and asked.isascii():
+        return int(asked)
+    with contextlib.suppress(ValueError, TypeError):  # a date, the other form that HTTP has
+        return max(0, math.ceil((parsedate_to_datetime(asked) - datetime.now(UTC)).total_seconds()))
+    return 0

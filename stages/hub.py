@@ -212,7 +212,7 @@ def _explain(error: Exception, what: str, revision: str) -> Stop:
 
     hub, reason = constants.ENDPOINT, download.reason(error)
     if isinstance(error, RevisionNotFoundError):
-        return Stop(f"{what}: {hub} has no revision {revision} of it")
+        return Stop(f"{what}: {hub} has no revision {revision} of it: write a commit that its page there lists")
     if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403, 404):
         return Stop(f"{what}: {hub} has none by this name, or shows it only after `hf auth login` ({reason})")
     return Stop(

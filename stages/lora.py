@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from stages import fake_quant, lora_init, low_rank, params
 from stages.command import Stop, need
 
+HIGHEST_RANK = 2**16  # no matrix of a language model has so high a one
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -37,6 +38,7 @@ class Lora:
 
     def __post_init__(self):
         params.require(self.r > 0, "lora.r", self.r, "an integer above 0")
+        params.require(self.r <= HIGHEST_RANK, "lora.r", self.r, f"at most {HIGHEST_RANK:,}")
         params.require(0 < self.alpha <= 1e9, "lora.alpha", self.alpha, "a number above 0, at most 1e9")
         params.require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "a number of at least 0, below 1")
         named = isinstance(self.target_modules, list) and all(isinstance(name, str) for name in self.target_modules)

@@ -1,10 +1,11 @@
 """prepare: the corpus as three text files, from the hub, a folder, a single file, or the embedded sample.
 
 in   params.yaml: preset, presets.<preset>.dataset, .dataset_config, .dataset_revision, prepare.*, seed
-out  data/raw/{train,validation,test}.txt, UTF-8
+out  data/raw/{train,validation,test}.txt, UTF-8; manifest.json, their digests
      data/environment/prepare.json: what ran where, and how long
 """
 
+import json
 import random
 import time
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pathlib import Path
 import click
 
 from stages import articles, docstrings, environment, hub, params, sources
-from stages.command import Stop, say, stage, whole
+from stages.command import MANIFEST, Stop, digests, say, stage, whole
 
 NAMES = {
     "train": ("train.txt",),
@@ -63,9 +64,10 @@ def main(out: Path) -> None:
         for split, text in splits.items():
             text = take(text, prepare.fraction, seed)
             if not text.strip():
-                raise Stop(f"{preset.dataset}: the {split} split is empty")
+                raise Stop(f"{preset.dataset}: the {split} split is empty: add text, or raise the shares under prepare")
             (folder / f"{split}.txt").write_bytes(text.encode())
             say(f"prepare: {split:10} {len(text):>12,} characters, {len(articles.split(text)):>7,} articles")
+        (folder / MANIFEST).write_text(json.dumps({"files": digests(folder)}, indent=2) + "\n")
     environment.write(out, "prepare", started, dataset=preset.dataset, revision=preset.dataset_revision)
 
 

@@ -51,9 +51,10 @@ def main(raw: Path, base: Path, out: Path) -> None:
     from stages import rows
 
     tokenize = params.section("tokenize", Tokenize)
+    for folder, maker in ((base, "base"), (raw, "prepare")):
+        if (folder / MANIFEST).exists():  # or else it is a folder that the stage did not write
+            recorded(folder, maker)
     config = read_json(base / "config.json", "base", "vocab_size")
-    if (base / MANIFEST).exists():  # or else it is a folder that `base` did not write
-        recorded(base, "base")
     block_size = choose_block_size(tokenize.block_size, config)
     tokenizer = load_tokenizer(base)
     end = end_of_text(base, config, tokenizer)
@@ -72,7 +73,7 @@ def main(raw: Path, base: Path, out: Path) -> None:
             rows.save_parts(parts, block_size + 1, dtype, folder, split)
             arrays = rows.load(folder, split)
             if len(arrays) == 0:
-                raise Stop(f"{raw}/{split}.txt: the {split} split is empty: it has no token to predict")
+                raise Stop(f"{raw}/{split}.txt: the {split} split is empty: it has no token to predict; add text")
             splits[split] = counts | {"rows": len(arrays), "predicted_tokens": arrays.targets}
             told = "  ".join(f"{count:>11,} {name}" for name, count in splits[split].items())
             say(f"tokenize: {split:10} {told}".replace("_", " "))

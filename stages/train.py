@@ -64,9 +64,10 @@ def main(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path) 
         params.require(options.lora_plus_ratio == 1, "train.lora_plus_ratio", options.lora_plus_ratio, "1 with full")
     else:
         lora_init.check(low_rank.init, quantized=quantization is not None)
+    rows.read_manifest(tokens, base)
+    if method != "full":
         lora.targets(list(lora.linear_layers(model.skeleton(base))), low_rank)
 
-    rows.read_manifest(tokens, base)
     place = device.pick_device()
     dtype = device.compute_dtype(options.precision, place)
     say(f"train: {method} on {device.describe(place)}, {str(dtype).removeprefix('torch.')}")

@@ -71,14 +71,21 @@ def kill_after(seconds: float, work: Work) -> int:
     return end(child)
 
 
-def kill_at_call(place: int, work: Work) -> int:
-    """Let a child kill itself at its call number `place` of those that change files: before it, or half way in."""
+def path_of(argument: object) -> str:
+    return os.readlink(f"/proc/self/fd/{argument}") if isinstance(argument, int) else str(argument)
+
+
+def kill_at_call(place: int, work: Work, where: str = "") -> int:
+    """Let a child kill itself at its call number `place` of those that change files: before it, or half way in.
+
+    where: counts only calls on paths that hold it.
+    """
     left, write_bytes = place, Path.write_bytes
 
     def dying(call: Callable) -> Callable:
         def wrapped(*arguments, **options):
             nonlocal left
-            left -= 1
+            left -= where in path_of(arguments[0])
             if left < 0:
                 if call is write_bytes:
                     call(arguments[0], arguments[1][: len(arguments[1]) // 2])
@@ -135,7 +142,9 @@ def kill_stage(name: str, kills: int, pick: random.Random) -> dict:
         elif killed % 2:
             code = kill_after(pick.uniform(0, seconds), stage)
         else:
-            code = kill_at_call(pick.randrange(PLACES[name]), stage)
+            within = name == "train" and killed % 4 == 0
+            code = kill_at_call(pick.randrange(12 if within else PLACES[name]), stage, "/.checkpoints/" * within)
+            seen["killed while writing a checkpoint"] += within and code == -signal.SIGKILL
         seen["resumed"] += resumed
         if code == 0:
             seen["ended"] += 1

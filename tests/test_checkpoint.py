@@ -14,8 +14,9 @@ import pytest
 import tiny
 import torch
 from click.testing import CliRunner
+from test_pipeline import declared_leaves
 
-from stages import base, checkpoint, command, loop, memory, prepare, tokenize, train
+from stages import base, checkpoint, command, loop, memory, prepare, rows, tokenize, train
 from stages.command import Stop, whole
 
 KILLS = int(os.environ.get("KILLS", 20))
@@ -71,6 +72,7 @@ def test_killed_at_random_moments_a_stage_leaves_whole_outputs_and_ends_as_if_it
     assert found["wrong"] == []
     assert found["killed after a time"] + found["killed at a call"] >= KILLS
     assert found["killed while writing"] > 0
+    assert found["killed while writing a checkpoint"] >= KILLS / 4 or what in STAGES
     assert found["ended"] > 0
     assert found["resumed"] > KILLS / 4 or what in STAGES
 
@@ -237,6 +239,88 @@ def test_a_changed_parameter_starts_afresh_and_another_run_s_checkpoints_stay(wo
     assert contents(workplace) != changed
 
 
+# Of each parameter that train reads: another value that it may have.
+OTHERS = {
+    "seed": 1,
+    "method": "full",
+    "methods.qlora.bits": 8,
+    "methods.qlora.quant_type": "fp4",
+    "methods.qlora.double_quant": False,
+    "lora.r": 4,
+    "lora.alpha": 8,
+    "lora.dropout": 0.5,
+    "lora.target_modules": ["attn.c_attn"],
+    "lora.layers": [0],
+    "lora.bits": 8,
+    "lora.use_rslora": True,
+    "lora.use_dora": True,
+    "lora.init": "orthogonal",
+    "train.epochs": 2,
+    "train.batch_size": 15,
+    "train.accumulation_steps": 2,
+    "train.learning_rate": 1e-3,
+    "train.lora_plus_ratio": 2.0,
+    "train.warmup_fraction": 0.5,
+    "train.weight_decay": 0.1,
+    "train.clip_norm": 2.0,
+    "train.base_dropout": 0.2,
+    "train.precision": "bf16",
+    "train.compile": "never",
+    "train.deterministic": True,
+    "train.validations": 4,
+    "train.checkpoint_every": 3,
+}
+
+
+@pytest.fixture
+def name_of_run(workplace, monkeypatch):
+    """Return the name that train gives the folder of its checkpoints."""
+
+    def find() -> str:
+        names = []
+
+        def fit(*arguments):
+            names.append(arguments[-1].folder.name)
+            raise Stop("named")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "fit", fit)
+            assert run(train.main, 1).endswith("Error: named\n")
+        return names[0]
+
+    return find
+
+
+@pytest.mark.parametrize("key", OTHERS)
+def test_a_run_of_another_parameter_has_other_checkpoints(workplace, name_of_run, key):
+    if key.startswith("methods.qlora."):
+        tiny.set_param(workplace, "method", "qlora")
+    if key == "methods.qlora.bits":
+        tiny.set_param(workplace, "methods.qlora.double_quant", False)
+    before = name_of_run()
+    assert name_of_run() == before
+    tiny.set_param(workplace, key, OTHERS[key])
+    assert name_of_run() != before
+
+
+def test_no_parameter_of_train_is_left_out_above(workplace):
+    declared = set()
+    for method in ("lora", "qlora"):
+        tiny.set_param(workplace, "method", method)
+        declared |= declared_leaves("train", workplace)
+    assert declared == OTHERS.keys()
+
+
+@pytest.mark.parametrize("name", ["tokens/train.npy", "base/model.safetensors"])
+def test_a_run_of_another_input_has_other_checkpoints(workplace, name_of_run, monkeypatch, name):
+    before = name_of_run()
+    monkeypatch.setattr(rows, "read_manifest", lambda *_: None)  # which would refuse it
+    file = Path("data", name)
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert name_of_run() != before
+
+
 def test_the_key_stands_for_parameters_inputs_code_and_device(tmp_path, monkeypatch):
     folder, code = tmp_path / "tokens", tmp_path / "code.py"
     folder.mkdir()
@@ -336,14 +420,8 @@ def test_what_a_killed_run_had_begun_to_write_is_cleared_away(workplace, stopped
 def small_disk(tmp_path):
     """A disk of 1,400 KB: two checkpoints of the tiny model's adapter, of 600 KB each, and no third."""
     disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1400k", "tmpfs", str(disk)]
-    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small disk takes the rights of root")
-    try:
+    with tiny.mounted(disk, "1400k"):
         yield disk
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_disk_that_fills_up_leaves_checkpoints_and_outputs_as_they_were(workplace, small_disk, stopped):
@@ -459,6 +537,21 @@ def test_a_gradient_that_explodes_is_warned_of(capsys):
     assert loop.check_norms([torch.tensor(310.0)], lowest, 30) == 3.0
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("train: warning: the gradient explodes: norm 310 near step 30, 3 before: lower train.learn")
+
+
+@pytest.mark.parametrize(
+    ("norm", "said"),
+    [
+        (500.0, "warning: the gradient explodes: norm 500 near step 20, 1 before"),
+        (math.inf, "the norm of the gradient is inf at step 13"),
+    ],
+)
+def test_training_looks_at_the_norms_of_its_gradients(workplace, monkeypatch, norm, said):
+    tiny.set_param(workplace, "train.epochs", 2)
+    tiny.set_param(workplace, "train.validations", 1)
+    norms = iter([1.0] * 12 + [norm] + [1.0] * 100)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(next(norms)))
+    assert said in run(train.main, int(math.isinf(norm)))
 
 
 @pytest.mark.parametrize("change", [0.0, 0.1, -0.1])

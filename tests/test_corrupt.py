@@ -61,6 +61,9 @@ def options(stage: str) -> list[str]:
         ("evaluate", "adapter/adapter_model.safetensors"),
         ("evaluate", "adapter/adapter_config.json"),
         ("evaluate", "raw/test.txt"),
+        ("tokenize", "raw/train.txt"),
+        ("tokenize", "base/config.json"),
+        ("train", "base/config.json"),
     ],
 )
 def test_a_damaged_file_is_named_by_the_stage_that_reads_it(data, stage, name, damage):
@@ -83,8 +86,12 @@ def test_dvc_puts_back_a_base_that_changed(project):
 
 @pytest.mark.parametrize("content", ["", "{", "{}", "[]"])
 def test_a_manifest_that_is_damaged(data, content):
-    for stage, maker in (("tokenize", "base"), ("train", "tokenize")):
-        file = data / {"base": "base", "tokenize": "tokens"}[maker] / "manifest.json"
+    for stage, maker, folder in (
+        ("tokenize", "base", "base"),
+        ("tokenize", "prepare", "raw"),
+        ("train", "tokenize", "tokens"),
+    ):
+        file = data / folder / "manifest.json"
         before = file.read_text()
         file.write_text(content)
         line = refusal(STAGES[stage], *options(stage))
@@ -103,6 +110,7 @@ def test_a_record_of_the_method_that_is_damaged(data, content):
 
 
 def test_a_text_that_is_no_longer_utf_8(data):
+    (data / "raw" / "manifest.json").unlink()  # a folder that `prepare` did not write
     with (data / "raw" / "train.txt").open("ab") as file:
         file.write(b"\xff")
     line = refusal(tokenize.main, *options("tokenize"))

@@ -169,7 +169,7 @@ def test_the_second_split_may_have_any_of_its_usual_names(workplace, name):
         (folder / f"{split}.txt").write_bytes(f"{split}\r\n \n".encode())
     tiny.set_param(workplace, "presets.local.dataset", "corpus")
     run(prepare.main, "--out", "raw")
-    written = {file.name: file.read_bytes() for file in Path("raw").iterdir()}
+    written = {file.name: file.read_bytes() for file in Path("raw").glob("*.txt")}
     assert written == {
         "train.txt": b"train\r\n \n",
         "validation.txt": f"{name}\r\n \n".encode(),

@@ -252,7 +252,8 @@ def test_a_corpus_without_one_of_its_splits(workplace, name):
 @pytest.mark.parametrize(("name", "split"), [("train", "train"), ("valid", "validation"), ("test", "test")])
 def test_an_empty_split(workplace, name, split, text):
     (workplace / "corpus" / f"{name}.txt").write_text(text)
-    assert refusal(prepare.main) == f"corpus: the {split} split is empty"
+    line = f"corpus: the {split} split is empty: add text, or raise the shares under prepare"
+    assert refusal(prepare.main) == line
 
 
 # The model
@@ -477,11 +478,7 @@ def test_a_model_that_is_broken(workplace, inputs, made):
 def full_disk(tmp_path, request):
     """A disk of its own that holds the outputs of an earlier run and has room for so many more KB."""
     disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
-    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small disk takes the rights of root")
-    try:
+    with tiny.mounted(disk, "64k"):
         for name in ("folder", "metrics"):
             (disk / name).mkdir()
             for file in ("earlier", "train.json", "train_timings.json", "loss.csv"):
@@ -491,8 +488,6 @@ def full_disk(tmp_path, request):
             (disk / "filling").write_bytes(bytes(2**17))
         os.truncate(disk / "filling", (disk / "filling").stat().st_size - 1024 * request.param)
         yield disk
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.mark.parametrize(

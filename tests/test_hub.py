@@ -8,7 +8,10 @@ import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
@@ -305,6 +308,15 @@ def test_a_hub_that_asks_to_wait_is_waited_for_and_the_user_sees_it(hub, home, h
     assert Path(done.result, "model.safetensors").is_file()
     assert done.out.splitlines()[0] == f"model {MODEL}: HTTP 429, and asks to wait 2 s; trying again in 2 s"
     assert done.seconds > 2 or first
+
+
+def test_a_time_to_wait_until_is_turned_into_seconds():
+    def asked(text: str) -> int:
+        return download._asked(SimpleNamespace(status_code=503, headers={"Retry-After": text}))
+
+    assert 88 <= asked(format_datetime(datetime.now(UTC) + timedelta(seconds=90), usegmt=True)) <= 90
+    assert asked("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+    assert asked("soon") == 0
 
 
 def test_a_hub_that_asks_to_wait_for_an_hour_is_not_waited_for(hub, home):

@@ -1,11 +1,16 @@
 """A tiny model, a tiny corpus and a temporary copy of the project that uses them: whole runs take seconds."""
 
+import contextlib
 import os
 import random
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 WHO = {"NAME": "Test", "EMAIL": "test@example.com"}
@@ -91,14 +96,21 @@ def write_adapter(folder: Path, base: Path, quantization=None, **changes) -> Pat
     return folder
 
 
-def make_project(folder: Path, model: Path, corpus: Path) -> Path:
-    """Copy the working tree, committed, into a repository of its own that trains `model` on `corpus` in one epoch."""
+def copy_project(folder: Path) -> None:
+    """Copy the working tree into a repository of its own, with nothing committed yet."""
     listed = ["git", "ls-files", "-co", "--exclude-standard", "-z"]
     names = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     for name in filter(None, names.split("\0")):
         if (ROOT / name).is_file():  # a file that was deleted and not yet committed is listed, too
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes((ROOT / name).read_bytes())
+    run(folder, "git", "init", "--quiet", "--initial-branch=main")
+
+
+def make_project(folder: Path, model: Path, corpus: Path) -> Path:
+    """Make a copy of the working tree, committed, that trains `model` on `corpus` in one epoch; nothing has run yet."""
+    copy_project(folder)
+    (folder / "dvc.lock").unlink()
     for key, value in {
         "preset": "local",
         "presets.local.model": str(model),
@@ -110,9 +122,24 @@ def make_project(folder: Path, model: Path, corpus: Path) -> Path:
         "evaluate.precision": "fp32",
     }.items():
         set_param(folder, key, value)
-    run(folder, "git", "init", "--quiet", "--initial-branch=main")
     commit(folder, "A tiny project")
     return folder
+
+
+@contextlib.contextmanager
+def mounted(disk: Path, size: str) -> Iterator[None]:
+    """Make a small disk of a folder; skip the test where that takes rights that nobody has here."""
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size},uid={os.getuid()},gid={os.getgid()}", "tmpfs", str(disk)]
+    for rights in ([], ["sudo", "-n"]):
+        command = [*rights, *mount]
+        if shutil.which(command[0]) and subprocess.run(command, capture_output=True).returncode == 0:
+            try:
+                yield
+            finally:
+                subprocess.run([*rights, "umount", str(disk)], check=True)
+            return
+    pytest.skip("mounting a small disk takes the rights of root")
 
 
 def low_rank(**changes):
