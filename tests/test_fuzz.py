@@ -15,6 +15,8 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from test_corrupt import STAGES, data, options  # noqa: F401
+from test_errors import made  # noqa: F401
 from test_params import SCHEMAS
 
 from stages import command, environment, lora, model, params, prepare, rows, sources, tokenize
@@ -274,3 +276,45 @@ def reads(text: bytes) -> bool:
         return bool(text.decode().strip())
     except UnicodeDecodeError:
         return False
+
+
+# Values at the ends of what is allowed, and a little beyond
+
+NEARLY_ALL = math.nextafter(1, 0)
+EXTREMES = [
+    ("tokenize", "tokenize.block_size", 1),
+    ("tokenize", "tokenize.block_size", 2**62),
+    ("train", "seed", 2**64 - 1),
+    ("train", "lora.r", 2**62),
+    ("train", "lora.alpha", 1e-320),
+    ("train", "lora.alpha", 1e308),
+    ("train", "lora.dropout", NEARLY_ALL),
+    ("train", "lora.layers", "0-9999"),
+    ("train", "lora.layers", "1-0"),
+    ("train", "lora.layers", [0, 0]),
+    ("train", "lora.target_modules", [""]),
+    ("train", "lora.target_modules", ["."]),
+    ("train", "lora.target_modules", ["c_attn", "c_attn"]),
+    ("train", "train.batch_size", 2**62),
+    ("train", "train.accumulation_steps", 2**62),
+    ("train", "train.validations", 2**62),
+    ("train", "train.checkpoint_every", 2**62),
+    ("train", "train.learning_rate", 1e-320),
+    ("train", "train.learning_rate", 1e308),
+    ("train", "train.lora_plus_ratio", 1e308),
+    ("train", "train.weight_decay", 1e308),
+    ("train", "train.clip_norm", 1e-320),
+    ("train", "train.clip_norm", 1e308),
+    ("train", "train.warmup_fraction", NEARLY_ALL),
+    ("train", "train.base_dropout", NEARLY_ALL),
+    ("evaluate", "evaluate.batch_size", 2**62),
+    ("evaluate", "evaluate.stride", 1),
+    ("evaluate", "evaluate.stride", 2**62),
+]
+
+
+@pytest.mark.parametrize(("stage", "key", "value"), EXTREMES)
+def test_an_extreme_value_does_its_work_or_is_refused_in_one_line(data, stage, key, value):  # noqa: F811
+    tiny.set_param(Path.cwd(), key, value)
+    line = line_of(CliRunner().invoke(STAGES[stage], options(stage)))
+    assert line is None or key in line or "train.learning_rate" in line  # which a loss that is not finite names
