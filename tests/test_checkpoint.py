@@ -177,7 +177,8 @@ def test_a_signal_finishes_the_step_and_says_how_to_go_on(workplace, stopped, nu
 
 
 def test_a_second_signal_ends_it_at_once(workplace, monkeypatch):
-    learning_rate, steps, before = loop.learning_rate, [], signal.getsignal(signal.SIGINT)
+    learning_rate, steps, before = loop.learning_rate, [], signal.default_int_handler
+    signal.signal(signal.SIGINT, before)  # a shell's background jobs ignore it
 
     def rate(step, *others):
         steps.append(step)
