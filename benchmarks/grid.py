@@ -63,14 +63,11 @@ def sweeps() -> list[Run]:
 
 def finals(lora_rate: float, full_rate: float, default_rate: float) -> list[Run]:
     """Return the runs that compare, the first seed of everything first."""
-    methods = {name: values | {"train.learning_rate": lora_rate} for name, values in METHODS.items()}
-    methods["full"] = {"method": "full", "train.learning_rate": full_rate}
-    runs = [
-        Run("Rank", name, SEEDS[0], values | {"train.learning_rate": default_rate}) for name, values in RANKS.items()
-    ]
-    runs += [Run("Methods", name, SEEDS[0], values) for name, values in methods.items()]
-    runs += [
-        Run("Initial values", name, SEEDS[0], values | {"train.learning_rate": lora_rate})
-        for name, values in INITS.items()
-    ]
-    return runs + [Run("Methods", name, seed, values) for seed in SEEDS[1:] for name, values in methods.items()]
+
+    def at(rate: float, rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        return {name: values | {"train.learning_rate": rate} for name, values in rows.items()}
+
+    methods = at(lora_rate, METHODS) | at(full_rate, {"full": {"method": "full"}})
+    rows = {"Rank": at(default_rate, RANKS), "Methods": methods, "Initial values": at(lora_rate, INITS)}
+    first = [Run(table, name, SEEDS[0], values) for table in rows for name, values in rows[table].items()]
+    return first + [Run("Methods", name, seed, values) for seed in SEEDS[1:] for name, values in methods.items()]

@@ -47,18 +47,20 @@ def main(
         raise Stop(f"--set {', '.join(sorted(fixed))}: the grid has values of its own for it")
     shared = prepare(base, corpus, out, settings)
     around = workspace.environment() | {"jobs": jobs}
-    cards = workspace.cards()
+    free = workspace.cards() * jobs
+    at_once = len(free)
     places: SimpleQueue[str] = SimpleQueue()  # a run takes one and puts it back
-    for card in cards * jobs:
+    for card in free:
         places.put(card)
+    threads = os.getenv("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // at_once)))
     rate = json.loads((shared / CONDITIONS).read_text())["params"]["train"]["learning_rate"]
     records = read_records(out / RECORDS)
     for phase in (grid.sweeps, lambda: finals(records, rate)):
         wanted = {run.key: run for run in phase() if not only or any(fnmatch(run.name, name) for name in only)}
         todo = [run for run in wanted.values() if not tables.succeeded(run, records)]
-        say(f"methods: {len(wanted) - len(todo)} runs on record, {len(todo)} to make, {jobs * len(cards)} at once")
+        say(f"methods: {len(wanted) - len(todo)} runs on record, {len(todo)} to make, {at_once} at once")
         made = in_parallel(
-            todo, jobs * len(cards), lambda run: measure(run, out, shared, settings, around, deadline, places)
+            todo, at_once, lambda run: measure(run, out, shared, settings, around, deadline, places, threads)
         )
         for place, record in enumerate(made, start=1):
             add_record(out / RECORDS, record)
@@ -127,6 +129,7 @@ def measure(
     around: dict[str, Any],
     deadline: float,
     places: "SimpleQueue[str]",
+    threads: str,
 ) -> dict | None:
     """Train and evaluate one run in a folder of its own; return its record, or None when it is too late to start."""
     if time.monotonic() > deadline:
@@ -135,8 +138,6 @@ def measure(
     folder = workspace.empty(out / "runs" / f"{run.name}-seed-{run.seed}")
     made = {name: shared / "data" / name for name in ("base", "raw", "tokens")}
     workspace.lay_out(folder, settings | run.values | {"seed": run.seed}, **made)
-    at_once = around["jobs"] * len(workspace.cards())
-    threads = os.getenv("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // at_once)))
     place = places.get()
     variables = {"OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": place}
     stages = (workspace.run_stage(name, folder, **variables) for name in ("train", "evaluate"))

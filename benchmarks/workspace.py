@@ -30,8 +30,9 @@ def settings(items: tuple[str, ...]) -> dict[str, Any]:
         key, equals, value = item.partition("=")
         if not (key and equals and value):
             raise Stop(f"--set {item}: expected key=value, for instance train.epochs=1")
+        section = known
         try:
-            asked, section = OmegaConf.to_container(OmegaConf.from_dotlist([item])), known
+            asked = OmegaConf.to_container(OmegaConf.from_dotlist([item]))
         except Exception as error:  # of PyYAML, whose own kinds OmegaConf lets through
             raise Stop(f"--set {item}: not a value of YAML: {error}") from error
         for part in key.split("."):
