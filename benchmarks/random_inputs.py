@@ -46,6 +46,6 @@ def tokens(folder: Path, base: Path, block_size: int, count: int) -> Path:
                 ids = random.integers(0, vocabulary, (number, block_size + 1)).astype(dtype)
                 rows.save(rows.Rows(ids, np.full(number, block_size + 1, np.int32)), new, split)
     # Models of one vocabulary share the arrays; the stages want to know which of them they are for.
-    manifest = {"block_size": block_size, "files": digests(target, "*.npy"), "base": digests(base)}
+    manifest = {"block_size": block_size, "files": digests(target, "*.npy"), "base": digests(base), "raw": {}}
     (target / MANIFEST).write_text(json.dumps(manifest) + "\n")
     return target

@@ -82,9 +82,9 @@ def write_fast_tokenizer(folder: Path, name: str) -> None:
     """Write tokenizer.json, the one form that `tokenize` reads, where a model comes with another form only."""
     if (folder / "tokenizer.json").is_file():
         return
-    absent = Stop(f"{name}: no tokenizer: expected tokenizer.json, or vocab.json and merges.txt")
     if not any(all((folder / file).is_file() for file in files) for files in SLOW_TOKENIZERS):
-        raise absent  # transformers would make an empty one, and say nothing
+        # transformers would make an empty one, and say nothing
+        raise Stop(f"{name}: no tokenizer: expected tokenizer.json, or vocab.json and merges.txt")
     from transformers import AutoTokenizer
 
     try:
@@ -101,11 +101,12 @@ def check_vocabulary(folder: Path, name: str) -> int:
 
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        sizes = {key: config.get(key) for key in POSITIONS} | {"vocab_size": config["vocab_size"]}
+        sizes = {"vocab_size": config["vocab_size"]}
+        sizes |= {key: config[key] for key in POSITIONS if config.get(key) is not None}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Stop(f"{name}: config.json holds no vocab_size: expected a causal language model") from error
     for key, size in sizes.items():
-        if not (type(size) is int and size > 0) and (key == "vocab_size" or size is not None):
+        if type(size) is not int or size <= 0:
             raise Stop(f"{name}: config.json: {key} is {size!r}: expected an integer above 0")
     try:
         ids = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab(with_added_tokens=True).values()

@@ -179,10 +179,11 @@ def _load(folder: Path, config: PretrainedConfig, **quantized) -> PreTrainedMode
             **quantized,
         )
     # What transformers would fill with random numbers.
-    for name, held, wanted in sorted(found["mismatched_keys"]):
+    if others := sorted(found["mismatched_keys"]):
+        name, held, wanted = others[0]
         raise Stop(f"{folder}: {name} is {tuple(held)} in *.safetensors, {tuple(wanted)} by config.json: not a pair")
-    for name in sorted(found["missing_keys"]):
-        raise Stop(f"{folder}: *.safetensors lack {len(found['missing_keys'])} of the model's weights, {name} first")
+    if absent := sorted(found["missing_keys"]):
+        raise Stop(f"{folder}: *.safetensors lack {len(absent)} of the model's weights, {absent[0]} first")
     if attention.fits(model):
         model.set_attn_implementation(attention.NAME)
     return model

@@ -101,7 +101,7 @@ def save_parts(parts: Iterable[Rows], width: int, dtype: type, folder: Path, spl
 
 def read_manifest(folder: Path, base: Path) -> dict:
     """Return the manifest of data/tokens; stop unless its arrays and the base model are those it was written of."""
-    manifest = recorded(folder, "tokenize", "base", "block_size")
+    manifest = recorded(folder, "tokenize", "base", "raw", "block_size")
     need(base / "config.json", "base")
     same(base, manifest["base"], folder / MANIFEST, "base tokenize")
     return manifest

@@ -100,6 +100,16 @@ def test_a_manifest_that_is_damaged(data, content):
         file.write_text(before)
 
 
+@pytest.mark.parametrize("key", ["files", "base", "raw", "block_size"])
+def test_a_manifest_of_tokens_that_lacks_a_part(data, key):
+    file = data / "tokens" / "manifest.json"
+    file.write_text(json.dumps({name: value for name, value in json.loads(file.read_text()).items() if name != key}))
+    for stage in ("train", "evaluate"):
+        assert refusal(STAGES[stage], *options(stage)) == (
+            f"data/tokens/manifest.json is damaged ('{key}'): run `dvc repro --force tokenize`"
+        )
+
+
 @pytest.mark.parametrize("content", ["", "{", "{}", "[]"])
 def test_a_record_of_the_method_that_is_damaged(data, content):
     (data / "adapter" / "method.json").write_text(content)
