@@ -11,7 +11,8 @@ QLORA4 = LORA | {
     "methods.qlora.quant_type": "nf4",
     "methods.qlora.double_quant": True,
 }
-LORA_RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3)
+RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
+HIGH_RATES = (1e-3, 2e-3, 5e-3)  # where the variants of a larger update have to show that they hold
 FULL_RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3)
 SEEDS = (0, 1, 2)
 METHODS = {
@@ -36,6 +37,16 @@ RANKS = {
     "rslora-rank-64": LORA | {"lora.r": 64, "lora.alpha": 8, "lora.use_rslora": True},
 }
 INITS = {"default": LORA} | {name: LORA | {"lora.init": name} for name in ("pissa", "olora", "orthogonal")}
+INITS |= {"qlora-4": QLORA4, "qlora-4-loftq": QLORA4 | {"lora.init": "loftq"}}
+FULL = {"method": "full"}
+SWEPT = {
+    "lora": (LORA, RATES),
+    "lora-rank-4": (RANKS["rank-4"], RATES),
+    "lora-rank-64": (RANKS["rank-64"], RATES),
+    "rslora": (METHODS["rslora"], HIGH_RATES),
+    "lora-plus": (METHODS["lora-plus"], HIGH_RATES),
+    "full": (FULL, FULL_RATES),
+}
 KEYS = {"seed", "train.learning_rate"}.union(*METHODS.values(), *RANKS.values(), *INITS.values())  # the grid's own
 
 
@@ -52,22 +63,28 @@ class Run:
         return json.dumps(self.values | {"seed": self.seed}, sort_keys=True)
 
 
+def sweep(method: str) -> list[Run]:
+    """Return the runs that find the learning rate of one of SWEPT."""
+    values, rates = SWEPT[method]
+    table = f"Learning rate, {method}"
+    return [Run(table, f"{method}-lr-{rate:g}", SEEDS[0], values | {"train.learning_rate": rate}) for rate in rates]
+
+
 def sweeps() -> list[Run]:
-    """Return the runs that find the learning rates; all others follow from them."""
-    return [
-        Run(f"Learning rate, {method}", f"{method}-lr-{rate:g}", 0, values | {"train.learning_rate": rate})
-        for method, values, rates in (("lora", LORA, LORA_RATES), ("full", {"method": "full"}, FULL_RATES))
-        for rate in rates
-    ]
+    return [run for method in SWEPT for run in sweep(method)]
 
 
 def finals(lora_rate: float, full_rate: float, default_rate: float) -> list[Run]:
-    """Return the runs that compare, the first seed of everything first."""
+    """Return the runs that compare, the first seed of everything first: adapters at the rate that params.yaml has.
+
+    Args:
+        lora_rate: where LoRA was best, for a row of its own; of training everything, `full_rate` is all it gets.
+    """
 
     def at(rate: float, rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         return {name: values | {"train.learning_rate": rate} for name, values in rows.items()}
 
-    methods = at(lora_rate, METHODS) | at(full_rate, {"full": {"method": "full"}})
-    rows = {"Rank": at(default_rate, RANKS), "Methods": methods, "Initial values": at(lora_rate, INITS)}
-    first = [Run(table, name, SEEDS[0], values) for table in rows for name, values in rows[table].items()]
-    return first + [Run("Methods", name, seed, values) for seed in SEEDS[1:] for name, values in methods.items()]
+    best = at(lora_rate, {"lora-best-rate": LORA}) | at(full_rate, {"full": FULL})
+    rows = {"Methods": at(default_rate, METHODS) | best}
+    rows |= {"Rank": at(default_rate, RANKS), "Initial values": at(default_rate, INITS)}
+    return [Run(table, name, seed, rows[table][name]) for seed in SEEDS for table in rows for name in rows[table]]

@@ -1,4 +1,4 @@
-"""methods: every method, fine-tuned from one base on one corpus, at the learning rate that suits it.
+"""methods: every method, fine-tuned from one base on one corpus.
 
 in   --base, a folder as for presets.local.model; --corpus, one as for presets.local.dataset; params.yaml
 out  OUT/runs.jsonl: a record of each run, added when it ends; OUT/methods.md: tables of all of them
@@ -101,12 +101,9 @@ def prepare(base: Path, corpus: Path, out: Path, settings: dict[str, Any]) -> Pa
 
 
 def finals(records: tables.Records, default: float) -> list[Run]:
-    """Return the runs that compare, at the best rates on record, or at params.yaml's where none is."""
-    rates = {"lora": default, "full": default}
-    for method in rates:
-        found = tables.best([run for run in grid.sweeps() if run.values["method"] == method], records)
-        if found:
-            rates[method] = found.values["train.learning_rate"]
+    """Return the runs that compare, LoRA and full at their best rates on record, `default` where none is."""
+    found = {method: tables.best(grid.sweep(method), records) for method in ("lora", "full")}
+    rates = {method: run.values["train.learning_rate"] if run else default for method, run in found.items()}
     return grid.finals(rates["lora"], rates["full"], default)
 
 

@@ -180,7 +180,7 @@ def test_the_best_rate_has_the_lowest_validation_loss():
 
 
 def test_a_line_holds_mean_and_sample_deviation():
-    runs = [run for run in grid.finals(1e-3, 1e-4, 5e-4) if run.name == "dora"]
+    runs = [run for run in grid.finals(5e-4, 1e-4, 1e-3) if run.name == "dora"]
     records = {run.key: record(run, 3 + run.seed, 20 + 2 * run.seed) for run in runs}
     cells = [cell.strip() for cell in tables.line(runs, records).split("|")[1:-1]]
     memory, speed = "1.00 ± 0.00", "1,000,000,000 ± 0"
@@ -193,7 +193,7 @@ def test_a_line_holds_mean_and_sample_deviation():
 
 
 def test_failed_runs_are_listed_and_enter_no_mean():
-    runs = [run for run in grid.finals(1e-3, 1e-4, 5e-4) if run.name == "dora"]
+    runs = [run for run in grid.finals(5e-4, 1e-4, 1e-3) if run.name == "dora"]
     records = {runs[0].key: record(runs[0], 3.0), runs[1].key: record(runs[1], 0, error="train: Error: no memory")}
     text = tables.markdown(runs, records, {"device": "abacus"}, "seed: 0\n")
     assert "| dora | lora.use_dora=True | 0.001 | 0 | 3.0000 | 20.000 |" in text
@@ -203,14 +203,15 @@ def test_failed_runs_are_listed_and_enter_no_mean():
 
 
 def test_the_grid_makes_first_seeds_first_and_shares_runs():
-    runs = grid.finals(lora_rate=1e-3, full_rate=2e-4, default_rate=1e-3)
+    runs = grid.finals(lora_rate=1e-3, full_rate=2e-4, default_rate=5e-3)
     seeds = [run.seed for run in runs]
     assert seeds == sorted(seeds) and set(seeds) == {0, 1, 2}
     assert {run.table for run in runs if run.seed == 0} == {"Methods", "Rank", "Initial values"}
     keys = {run.name: run.key for run in grid.sweeps() + runs if run.seed == 0}
-    assert keys["lora"] == keys["lora-lr-0.001"] == keys["rank-16"] == keys["default"]
-    assert keys["full"] == keys["full-lr-0.0002"]
-    assert len(set(keys.values())) == len(keys) - 4
+    assert keys["lora"] == keys["lora-lr-0.005"] == keys["rank-16"] == keys["default"]
+    assert keys["lora-best-rate"] == keys["lora-lr-0.001"] and keys["full"] == keys["full-lr-0.0002"]
+    assert keys["rslora"] == keys["rslora-lr-0.005"] and keys["rank-64"] == keys["lora-rank-64-lr-0.005"]
+    assert len({run.key for run in runs if run.name in grid.METHODS}) == 3 * len(grid.METHODS)
 
 
 @pytest.fixture
@@ -244,23 +245,23 @@ def pretended(monkeypatch, tmp_path):
     return ran, ("--base", tmp_path / "base", "--corpus", tmp_path / "corpus", "--out", tmp_path / "out", "--jobs", 3)
 
 
-def test_methods_tunes_at_the_best_rate_and_makes_no_run_twice(pretended, tmp_path):
+def test_methods_tunes_at_the_rates_found_and_makes_no_run_twice(pretended, tmp_path):
     ran, options = pretended
-    names = ("lora-lr-*", "lora", "dora")
+    names = ("lora-lr-*", "lora-best-rate", "dora")
     only = [part for name in names for part in ("--only", name)]
     invoke(methods.main, *options, *only, "--set", "train.epochs=7")
-    assert sorted(name for name, *_ in ran[: len(grid.LORA_RATES)]) == sorted(
-        f"lora-lr-{rate:g}-seed-0" for rate in grid.LORA_RATES
-    )
-    assert {(name, rate) for name, rate, *_ in ran[len(grid.LORA_RATES) :]} == {
-        *((f"dora-seed-{seed}", 2e-4) for seed in (0, 1, 2)),
-        *((f"lora-seed-{seed}", 2e-4) for seed in (1, 2)),  # seed 0 is a run of the sweep
+    sweep = [f"lora-lr-{rate:g}-seed-0" for rate in grid.RATES]
+    assert sorted(name for name, *_ in ran[: len(sweep)]) == sorted(sweep)
+    default = yaml.safe_load((workspace.ROOT / "params.yaml").read_text())["train"]["learning_rate"]
+    assert {(name, rate) for name, rate, *_ in ran[len(sweep) :]} == {
+        *((f"dora-seed-{seed}", default) for seed in (0, 1, 2)),
+        *((f"lora-best-rate-seed-{seed}", 2e-4) for seed in (1, 2)),  # seed 0 is a run of the sweep
     }
     assert {epochs for *_, epochs in ran} == {7}
     lines = [json.loads(line) for line in (tmp_path / "out" / "runs.jsonl").read_text().splitlines()]
-    assert len(lines) == len(ran) == len(grid.LORA_RATES) + 5
+    assert len(lines) == len(ran) == len(sweep) + 5
     text = (tmp_path / "out" / "methods.md").read_text()
-    assert "| lora |  | 0.0002 | 0, 1, 2 | 4.0000 ± 1.0000 |" in text
+    assert "| lora-best-rate |  | 0.0002 | 0, 1, 2 | 4.0000 ± 1.0000 |" in text
     assert "- dora, seed 2: `train: Error: no such thing`" in text
     assert not list((tmp_path / "out" / "runs").glob("*/data"))
 
