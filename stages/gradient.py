@@ -5,9 +5,11 @@
 - compiled: the same, of kernels that torch.compile makes of the layers and of the softmax. That takes seconds first.
 """
 
+import contextlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -45,6 +47,8 @@ class Gradient:
     add: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
     device: torch.device
     shape: tuple[int, int] | None  # of every batch; None: as it comes
+    # Around what runs between two batches and leaves nothing on the device: a validation, say.
+    between: Callable[[], AbstractContextManager] = contextlib.nullcontext
 
     def __call__(self, *given: torch.Tensor) -> torch.Tensor:
         return self.add(*given)
@@ -70,7 +74,8 @@ def prepare(
         softmax = torch.compile(to_probabilities, dynamic=False)
     # What is recorded stays as these have it.
     with sdpa_kernel(ATTENTION, set_priority=True), partitioner.patch(activation_memory_budget=KEPT):
-        return Gradient(recorded(model, eager(model, dtype, softmax), shape, device), device, shape)
+        replay, between = recorded(model, eager(model, dtype, softmax), shape, device)
+    return Gradient(replay, device, shape, between)
 
 
 def choose(model: torch.nn.Module, train: Rows, tokens: int, compiled: str, device: torch.device) -> tuple[str, str]:
@@ -116,19 +121,26 @@ def eager(model: torch.nn.Module, dtype: torch.dtype, softmax: Callable) -> Call
     return add
 
 
-def recorded(model: torch.nn.Module, add: Callable, shape: tuple[int, int], device: torch.device) -> Callable:
-    """Run `add` a few times, which compiles what is to be compiled, then record it; return what replays it."""
+def recorded(
+    model: torch.nn.Module, add: Callable, shape: tuple[int, int], device: torch.device
+) -> tuple[Callable, Callable[[], AbstractContextManager]]:
+    """Run `add` a few times, which compiles what is to be compiled, then record it.
+
+    Returns:
+        What replays it, and a context in which what is allocated comes from the memory that a replay writes over.
+    """
     inputs, targets = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2))
     count = torch.ones((), device=device)
     random = torch.cuda.get_rng_state(device)
     aside = torch.cuda.Stream(device)
     aside.wait_stream(torch.cuda.current_stream(device))
+    torch.cuda.empty_cache()  # of what was free, but of another stream
     with torch.cuda.stream(aside):
         for _ in range(3):
             add(inputs, targets, count)
     torch.cuda.current_stream(device).wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=aside):  # cuBLAS holds memory for each stream that it works on
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.MemPool()
+    with torch.cuda.graph(graph, pool.id, aside):  # cuBLAS holds memory for each stream that it works on
         nll = add(inputs, targets, count)
     torch.cuda.set_rng_state(random, device)
     for parameter in model.parameters():
@@ -141,7 +153,15 @@ def recorded(model: torch.nn.Module, add: Callable, shape: tuple[int, int], devi
         graph.replay()
         return nll
 
-    return replay
+    @contextlib.contextmanager
+    def between() -> Iterator[None]:
+        usual = torch.cuda.current_stream(device)
+        aside.wait_stream(usual)
+        with torch.cuda.stream(aside), torch.cuda.use_mem_pool(pool, device):
+            yield
+        usual.wait_stream(aside)
+
+    return replay, between
 
 
 def compile_layers(model: torch.nn.Module) -> None:

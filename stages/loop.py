@@ -152,7 +152,8 @@ def fit(
                 train_loss = sum(map(float, losses)) / sum(counts)
                 history.seconds += time.perf_counter() - started
                 bar.clear()
-                found = score(model, validation, None, dtype, f"validation at step {step}").loss
+                with add.between():
+                    found = score(model, validation, None, dtype, f"validation at step {step}").loss
                 if not math.isfinite(found):
                     raise diverged("validation loss", found, step)
                 history.add(step, train_loss, found, rate, norm)

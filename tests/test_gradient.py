@@ -160,11 +160,16 @@ def test_rows_that_fill_a_batch_up_change_nothing(tiny_model):
 def test_a_recorded_step_gives_what_an_eager_one_gives(tiny_model, compiled, changes):
     network, split = adapted(tiny_model, **changes), make_rows([17] * 5)  # a whole batch, and one that is filled up
     expected = results(network, gradient.plain(network, FP32), split)
+    scored = likelihood.score(network, split, 2, FP32, "")
     random = torch.cuda.get_rng_state()
     add = gradient.prepare(network, split, 4, compiled, 1, FP32)
     assert add.shape == (4, 16)
     assert torch.equal(torch.cuda.get_rng_state(), random)
-    for _ in range(2):
+    for _ in range(3):  # what is scored between two batches takes the memory of a batch, and neither notices
+        held = torch.cuda.memory_reserved()
+        with add.between():
+            assert likelihood.score(network, split, 2, FP32, "") == scored
+        assert torch.cuda.memory_reserved() == held
         nll, found = results(network, add, split)
         assert nll == pytest.approx(expected[0], rel=1e-5)
         for one, other in zip(expected[1], found, strict=True):
