@@ -50,3 +50,26 @@ def test_prepare_and_tokenize_load_only_what_they_use(project, tiny_model):
     ):
         found = set(loaded(stage, *arguments, folder=project)["modules"])
         assert HEAVY & found <= used, stage
+
+
+CYCLE = """
+from stages import command
+
+class Garbage:
+    def __del__(self):
+        print("searched for garbage", flush=True)
+
+@command.stage
+def main():
+    "Leave a cycle behind."
+    thing = Garbage()
+    thing.itself = thing
+
+main()
+"""
+
+
+def test_a_stage_does_not_search_all_of_torch_for_garbage_when_it_exits():
+    environment = tiny.environment() | {"PYTHONPATH": str(tiny.ROOT)}
+    done = subprocess.run([sys.executable, "-c", CYCLE], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
