@@ -65,7 +65,13 @@ def stage(main: Callable) -> click.Command:
             say("Stopped; outputs are as they were before")
             raise SystemExit(130) from None
 
-    return click.command(help=main.__doc__)(run)
+    return click.command(help=help_of(main))(run)
+
+
+def help_of(main: Callable) -> str:
+    """Return what --help says: the function's docstring, and from its module's what goes in and out, line for line."""
+    paragraphs = (sys.modules[main.__module__].__doc__ or "").split("\n\n")
+    return "\n\n\b\n".join([main.__doc__, *(text for text in paragraphs if text.startswith("in  "))])
 
 
 def set_up_libraries() -> None:
@@ -134,6 +140,12 @@ def recorded(folder: Path, maker: str, *keys: str) -> dict:
     manifest = read_json(file, maker, "files", *keys)
     same(folder, manifest["files"], file, maker)
     return manifest
+
+
+def unchanged(folder: Path, maker: str) -> None:
+    """Stop at a file that is not as the stage `maker` recorded it. A folder of another maker holds no record."""
+    if (folder / MANIFEST).exists():
+        recorded(folder, maker)
 
 
 def same(folder: Path, expected: dict[str, str], since: Path, maker: str) -> None:

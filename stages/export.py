@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import click
 
 from stages.base import FILES
-from stages.command import Stop, say, stage, whole
+from stages.command import Stop, say, stage, unchanged, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,6 +59,7 @@ def main(out: Path, onto: str | None, base: Path, adapter: Path, tokens: Path) -
     """Write the tuned model as a plain transformers folder and compare the two."""
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise Stop(f"{out} exists and is not an empty folder: name a new one")
+    unchanged(base, "base")
     say("export: loading torch and transformers")
     from stages import model
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from stages.command import Stop, read_json, stage
+from stages.command import Stop, read_json, stage, unchanged
 from stages.tokenize import end_of_text, load_tokenizer
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def number(context: click.Context, option: click.Parameter, value: float) -> flo
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True, help="Same seed, same text.")
 def main(prompt: str, base: bool, max_new_tokens: int, greedy: bool, seed: int, **sampling: float) -> None:
     """Continue PROMPT with the tuned model. An empty PROMPT begins a new text."""
+    unchanged(BASE, "base")
     config = read_json(BASE / "config.json", "base", "vocab_size")
     tokenizer = load_tokenizer(BASE)
     end = end_of_text(BASE, config, tokenizer)

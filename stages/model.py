@@ -75,7 +75,7 @@ def check_width(name: str, width: int, place: torch.device) -> None:
     if place.type == "cpu" and width % 64:
         raise Stop(
             f"{name} has {width} inputs: on a CPU bitsandbytes mixes up the scales of 4-bit layers whose inputs are no "
-            "multiple of 64; set methods.qlora.bits to 8, or use a GPU"
+            "multiple of 64; set methods.qlora.bits to 8 and double_quant to false, or use a GPU"
         )
 
 

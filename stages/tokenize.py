@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import click
 
 from stages import articles, environment, params
-from stages.command import MANIFEST, Stop, digests, need, read_json, recorded, say, stage, whole
+from stages.command import MANIFEST, Stop, digests, need, read_json, say, stage, unchanged, whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,8 +52,7 @@ def main(raw: Path, base: Path, out: Path) -> None:
 
     tokenize = params.section("tokenize", Tokenize)
     for folder, maker in ((base, "base"), (raw, "prepare")):
-        if (folder / MANIFEST).exists():  # or else it is a folder that the stage did not write
-            recorded(folder, maker)
+        unchanged(folder, maker)
     config = read_json(base / "config.json", "base", "vocab_size")
     block_size = choose_block_size(tokenize.block_size, config)
     tokenizer = load_tokenizer(base)

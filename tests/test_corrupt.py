@@ -128,11 +128,13 @@ def test_a_text_that_is_no_longer_utf_8(data):
     assert line.endswith("run `dvc repro --force prepare`")
 
 
-@pytest.mark.parametrize("damage", [cut, empty])
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
-def test_generate_names_a_damaged_file(data, name, damage):
+@pytest.mark.parametrize("damage", [cut, flip, empty])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_generate_and_export_name_a_damaged_file(data, name, damage):
     damage(data / "base" / name)
-    assert refusal(generate.main, "the river").startswith(f"data/base/{name} is damaged")
+    for line in (refusal(generate.main, "the river", "--base"), refusal(export.main, "--out", "exported")):
+        assert line.startswith(f"data/base/{name} is damaged")
+    assert not Path("exported").exists()
 
 
 def test_expand_names_a_damaged_adapter(data):
