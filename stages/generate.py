@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from stages.command import Stop, read_json, stage, unchanged
-from stages.tokenize import end_of_text, load_tokenizer
+from stages.tokenize import end_of_text, load_tokenizer, longest_context
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -103,7 +103,7 @@ def encode(tokenizer: "Tokenizer", prompt: str) -> list[int]:
 
 
 def check_length(prompt: int, new: int, config: dict) -> None:
-    positions = config.get("n_positions") or config.get("max_position_embeddings") or math.inf
+    positions = longest_context(config) or math.inf
     if prompt + new > positions:
         advice = f"at most --max-new-tokens {positions - prompt}" if prompt < positions else "shorten the prompt"
         raise Stop(

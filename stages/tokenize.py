@@ -93,12 +93,16 @@ def main(raw: Path, base: Path, out: Path) -> None:
 
 def choose_block_size(block_size: int | None, config: dict) -> int:
     """Return the context length: the one asked for, else the longest the model has positions for."""
-    positions = config.get("n_positions") or config.get("max_position_embeddings")
+    positions = longest_context(config)
     if positions is None and block_size is None:
         raise params.wrong("tokenize.block_size", None, "an integer, since the model's config names no longest context")
     if positions and block_size and block_size > positions:
         raise params.wrong("tokenize.block_size", block_size, f"at most {positions}, the model's n_positions")
     return block_size or positions
+
+
+def longest_context(config: dict) -> int | None:
+    return config.get("n_positions") or config.get("max_position_embeddings")
 
 
 def load_tokenizer(base: Path) -> "Tokenizer":
