@@ -15,7 +15,7 @@ import click
 from stages import environment, hub, params, sources
 from stages.command import MANIFEST, Stop, digests, say, stage, whole
 
-FILES = ("config.json", "generation_config.json", "tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json")
+FILES = tuple(name for name in hub.MODEL_FILES if not name.startswith("*"))  # beside the weights
 SLOW_TOKENIZERS = (("vocab.json", "merges.txt"), ("tokenizer.model",))
 POSITIONS = ("n_positions", "max_position_embeddings")  # what configurations call the longest context
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")

@@ -68,10 +68,8 @@ class Checkpoints:
         content = save(held, {"record": record})
         with whole(self.folder / f"{step:08d}-{digest(content)}.safetensors") as file:
             file.write_bytes(content)
-        kept = self.files()[:KEPT]
-        for path in self.folder.iterdir():
-            if path not in kept:  # also what a killed run had begun to write
-                path.unlink()
+        for path in self.files()[KEPT:]:
+            path.unlink(missing_ok=True)
 
     def resume(
         self, trained: list[torch.Tensor], optimizer: torch.optim.Optimizer
@@ -80,6 +78,8 @@ class Checkpoints:
 
         Damaged ones are named and removed.
         """
+        for begun in self.folder.glob(".*"):  # by a run that was killed while it wrote
+            begun.unlink()
         for file in self.files() if self.every else []:
             step, expected = file.stem.split("-")
             content = file.read_bytes()
@@ -113,12 +113,13 @@ class Checkpoints:
             self.folder.parent.rmdir()
 
 
-def key(parameters: dict, folders: Iterable[Path], code: Iterable[Path], device: str) -> str:
+def key(parameters: dict, folders: Iterable[Path], code: Iterable[Path], device: object) -> str:
     """Return 16 hex digits that stand for all that decides a run's result.
 
     Args:
         parameters: all that were read from params.yaml.
         folders: the inputs; each file in them counts, by its name and its bytes.
+        device: what computes, as JSON can hold it: kernels differ, and round differently.
     """
     versions = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
     facts = [parameters, versions, device, torch.backends.cpu.get_cpu_capability()]

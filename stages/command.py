@@ -52,7 +52,7 @@ def stage(main: Callable) -> click.Command:
         except OSError as error:
             if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            raise Stop(f"{error.strerror}: {error.filename or Path.cwd()}; outputs are as they were before") from error
+            raise Stop(f"{error.strerror}: {error.filename or Path.cwd()}; no output is half written") from error
         except (RuntimeError, MemoryError) as error:
             if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
                 advice = "on the GPU: lower the stage's batch_size, or end what else uses the GPU (nvidia-smi)"
@@ -60,9 +60,9 @@ def stage(main: Callable) -> click.Command:
                 advice = "on the CPU: lower lora.r or the stage's batch_size, or end what else uses the memory"
             else:
                 raise
-            raise Stop(f"out of memory {advice}; outputs are as they were before") from error
+            raise Stop(f"out of memory {advice}; no output is half written") from error
         except KeyboardInterrupt:
-            say("Stopped; outputs are as they were before")
+            say("Stopped; no output is half written")
             raise SystemExit(130) from None
 
     return click.command(help=help_of(main))(run)
@@ -70,7 +70,7 @@ def stage(main: Callable) -> click.Command:
 
 def help_of(main: Callable) -> str:
     """Return what --help says: the function's docstring, and from its module's what goes in and out, line for line."""
-    paragraphs = (sys.modules[main.__module__].__doc__ or "").split("\n\n")
+    paragraphs = (main.__globals__["__doc__"] or "").split("\n\n")
     return "\n\n\b\n".join([main.__doc__, *(text for text in paragraphs if text.startswith("in  "))])
 
 

@@ -62,7 +62,7 @@ def describe(started: float, **facts) -> dict:
         **facts,
         **_git(),
         "system": platform.platform(),
-        "cpu": _cpu(),
+        "cpu": cpu(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads() if torch else None,
         "gpu": torch.cuda.get_device_name() if used else None,
@@ -88,7 +88,8 @@ def _git() -> dict:
     return {"commit": commit.strip(), "uncommitted_changes": bool(changes.strip())}
 
 
-def _cpu() -> str:
+def cpu() -> str:
+    """Return the processor's name, as the system gives it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux

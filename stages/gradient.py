@@ -63,7 +63,7 @@ def prepare(
         compiled: train.compile: "auto", "always" or "never".
     """
     device = next(model.parameters()).device
-    shape = (batch_size, int(train.lengths.max()) - 1)
+    shape = (batch_size, train.width)
     way, reason = choose(model, train, steps * shape[0] * shape[1], compiled, device)
     say(f"train: {way} steps: {reason}")
     if way == "eager":
@@ -84,7 +84,7 @@ def choose(model: torch.nn.Module, train: Rows, tokens: int, compiled: str, devi
         return "eager", "CUDA graphs are for GPUs"
     if any(type(module).__name__ == "Linear8bitLt" for module in model.modules()):
         return "eager", "8-bit layers look for outliers in their input, and Python waits for what they find"
-    if train.targets < FULL * len(train) * (int(train.lengths.max()) - 1):
+    if train.targets < FULL * len(train) * train.width:
         return "eager", "rows differ in length"
     if any(any(getattr(module, "use_dora", {}).values()) for module in model.modules()):
         return "recorded", "one CUDA graph a batch; DoRA's norms do not compile"

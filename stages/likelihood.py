@@ -39,11 +39,22 @@ class Score:
         return self.nll / self.tokens
 
 
-def score(model: torch.nn.Module, rows: Rows, batch_size: int | None, dtype: torch.dtype, label: str) -> Score:
-    """Score every predicted token of a split once, each row by itself, as it is trained."""
+def score(model: torch.nn.Module, rows: Rows, batch_size: int, dtype: torch.dtype, label: str) -> Score:
+    """Score every predicted token of a split once, each row by itself, as it is trained.
+
+    Args:
+        batch_size: rows read at once, or fewer where those hold more than the device's number of tokens in BATCHES.
+    """
+    windows = of_rows(rows)
+    batch_size = min(batch_size, fitting(windows, next(model.parameters()).device))
     with torch.compiler.set_stance("force_eager"):  # or layers compiled for training would be so again, for this
-        found = likelihood(model, of_rows(rows), batch_size, dtype, label)
+        found = likelihood(model, windows, batch_size, dtype, label)
     return Score(float(found.nll.sum()), int((found.ranks == 0).sum()), len(found.nll))
+
+
+def fitting(windows: Windows, device: torch.device) -> int:
+    """Return how many windows hold the device's number of tokens, one at least."""
+    return max(1, BATCHES[device.type] // int(windows.lengths.max() - 1))
 
 
 @torch.no_grad()
@@ -66,10 +77,10 @@ def likelihood(
     ranks = torch.empty(len(nll), dtype=torch.int64, device=device)
     was_training = model.training
     model.eval()
-    check_head(model)
+    check_head(model, int(windows.lengths.max()) - 1)
     # The longest first: windows of like length share a batch, and memory that is too small shows at once.
     order = np.argsort(-windows.lengths, kind="stable")
-    batch_size = batch_size or max(1, BATCHES[device.type] // int(windows.lengths.max() - 1))
+    batch_size = batch_size or fitting(windows, device)
     parts = np.split(order, range(batch_size, len(order), batch_size))
     done = 0
     with _tf32(device.type == "cuda" and dtype == torch.bfloat16):

@@ -119,7 +119,7 @@ def fit(
         counts, history = record["counts"], History(**record["history"])
         say(f"train: going on after step {done} of {steps}, from {checkpoints.folder}")
     else:
-        start_loss = score(model, validation, None, dtype, "validation before training").loss
+        start_loss = score(model, validation, options.batch_size, dtype, "validation before training").loss
         history = History([], start_loss, {"validation_loss": math.inf}, 0, 0.0)
     norms: list[torch.Tensor] = []  # of the gradient, since the last look
     lowest_norm = math.inf
@@ -143,7 +143,7 @@ def fit(
             bar.update()
             validate = step * options.validations // steps > (step - 1) * options.validations // steps
             if validate or step % LOOK_EVERY == 0:
-                check_finite(losses, step)
+                check_finite(losses[-len(norms) :], step)  # those since the last look
                 norm = float(norms[-1])
                 lowest_norm, norms = check_norms(norms, lowest_norm, step), []
                 speed = history.tokens / (history.seconds + time.perf_counter() - started)
@@ -153,7 +153,7 @@ def fit(
                 history.seconds += time.perf_counter() - started
                 bar.clear()
                 with add.between():
-                    found = score(model, validation, None, dtype, f"validation at step {step}").loss
+                    found = score(model, validation, options.batch_size, dtype, f"validation at step {step}").loss
                 if not math.isfinite(found):
                     raise diverged("validation loss", found, step)
                 history.add(step, train_loss, found, rate, norm)

@@ -126,11 +126,11 @@ def targets(layers: list[str], lora: Lora) -> list[str]:
     """
     chosen = layers
     if lora.target_modules != "all-linear":
-        for name in lora.target_modules:
-            if not any(f".{layer}".endswith(f".{name}") for layer in layers):
-                kinds = sorted({".".join(layer.split(".")[-2:]) for layer in layers})
-                raise params.wrong("lora.target_modules", name, f"all-linear or names among {', '.join(kinds)}")
-        chosen = [layer for layer in layers if any(f".{layer}".endswith(f".{name}") for name in lora.target_modules)]
+        called = {name: {each for each in layers if f".{each}".endswith(f".{name}")} for name in lora.target_modules}
+        if absent := [name for name, found in called.items() if not found]:
+            kinds = sorted({".".join(layer.split(".")[-2:]) for layer in layers})
+            raise params.wrong("lora.target_modules", absent[0], f"all-linear or names among {', '.join(kinds)}")
+        chosen = [layer for layer in layers if layer in set.union(*called.values())]
     wanted = layer_numbers(lora.layers)
     if wanted is None:
         return chosen
@@ -138,7 +138,9 @@ def targets(layers: list[str], lora: Lora) -> list[str]:
     if absent := set(wanted) - set(number.values()):
         held = f"all, or numbers from 0 to {max(number.values(), default=0)}, the layers of this model"
         raise params.wrong("lora.layers", min(absent), held)
-    return [layer for layer in chosen if number.get(layer) in wanted]
+    meeting = [layer for layer in chosen if number.get(layer) in wanted]
+    params.require(meeting, "lora.layers", lora.layers, f"a layer that has one of {', '.join(chosen[:8])}")
+    return meeting
 
 
 def adapted(network: torch.nn.Module) -> dict[str, torch.nn.Module]:

@@ -19,7 +19,7 @@ SPARE = 0.05  # share of the room for rows that is left for what the allocator c
 
 def too_large(model: torch.nn.Module, train: "Rows", options: "Train", dtype: torch.dtype) -> Stop:
     """Return the line for a step that did not fit, with a batch size that does."""
-    batch_size, tokens = options.batch_size, int(train.lengths.max()) - 1
+    batch_size, tokens = options.batch_size, train.width
     asked = f"train: out of memory at train.batch_size {batch_size}"
     try:
         fixed, row, room = measure(model, train, dtype)
@@ -51,7 +51,7 @@ def measure(model: torch.nn.Module, train: "Rows", dtype: torch.dtype) -> tuple[
     Raises:
         torch.OutOfMemoryError: one row does not fit.
     """
-    longest = np.argsort(-train.lengths)[:1]
+    longest = np.array([train.lengths.argmax()])
     torch.cuda.empty_cache()
     room = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
     add = gradient.plain(model, dtype)

@@ -197,6 +197,8 @@ def _one_line(folder: Path) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError, SafetensorError) as error:
+        if "can't allocate memory" in str(error):  # PyTorch's words, on a CPU
+            raise
         line = f"{folder}: transformers itself cannot load this model ({type(error).__name__}: {error})"
         raise Stop(f"{line}; code that comes with a model is never run") from error
 

@@ -31,6 +31,11 @@ class Rows:
         """Number of predicted tokens: every real token of a row but its first."""
         return self.targets_of(slice(None))
 
+    @property
+    def width(self) -> int:
+        """Number of predicted tokens in the longest row."""
+        return int(self.lengths.max()) - 1
+
     def targets_of(self, places: np.ndarray | slice) -> int:
         """Number of predicted tokens in some of the rows."""
         lengths = self.lengths[places]

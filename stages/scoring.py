@@ -61,12 +61,12 @@ def body_and_head(model: torch.nn.Module) -> tuple[torch.nn.Module, torch.nn.Lin
 
 
 @torch.no_grad()
-def check_head(model: torch.nn.Module) -> None:
+def check_head(model: torch.nn.Module, width: int) -> None:
     """Stop at a model that does more to its logits than its last layer does, a bias, a scale or a cap, say, or whose
-    tokens see the tokens after them.
+    tokens see the tokens after them. `width`: tokens that it can read at least.
     """
     body, head = body_and_head(model)
-    inputs = torch.arange(min(8, len(head.weight)), device=head.weight.device)[None]
+    inputs = torch.arange(min(8, width, len(head.weight)), device=head.weight.device)[None]
     was_training = model.training
     model.eval()
     whole = model(input_ids=inputs, use_cache=False).logits.float()

@@ -25,7 +25,7 @@ from stages.command import say, stage, whole
 if TYPE_CHECKING:
     import torch
 
-    from stages.loop import History
+    from stages.loop import History, Train
     from stages.lora import Lora
     from stages.model import Quantization
 
@@ -52,18 +52,10 @@ def main(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path) 
     say("train: loading torch and transformers")
     import torch
 
-    from stages import checkpoint, device, gradient, loop, lora, lora_init, memory, model, rows
+    from stages import checkpoint, device, gradient, loop, lora, memory, model, rows
 
-    method = params.chosen("method", "methods")
-    section = params.section(f"methods.{method}", model.Quantization if method == "qlora" else Plain)
-    quantization = section if method == "qlora" else None
-    low_rank = params.section("lora", lora.Lora)
-    options = params.section("train", loop.Train)
+    method, quantization, low_rank, options = read_params()
     seed = params.seed()
-    if method == "full":
-        params.require(options.lora_plus_ratio == 1, "train.lora_plus_ratio", options.lora_plus_ratio, "1 with full")
-    else:
-        lora_init.check(low_rank.init, quantized=quantization is not None)
     rows.read_manifest(tokens, base)
     if method != "full":
         lora.targets(list(lora.linear_layers(model.skeleton(base))), low_rank)
@@ -76,10 +68,11 @@ def main(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path) 
     torch.manual_seed(seed)
     network, taken = build(base, method, quantization, low_rank, dtype)
     split, held_out = rows.load(tokens, "train"), rows.load(tokens, "validation")
-    read = {"method": method, "quantization": asdict(section), "lora": asdict(low_rank), "train": asdict(options)}
+    sections = {"quantization": quantization, "lora": low_rank, "train": options}
+    read = {name: section and asdict(section) for name, section in sections.items()} | {"method": method, "seed": seed}
     # Without a compiler steps are computed in another way, with other random numbers.
-    on = f"{device.describe(place)}, {dtype}, {gradient.lacks() if place.type == 'cuda' else None}"
-    name = checkpoint.key(read | {"seed": seed}, [tokens, base], code_files(), on)
+    on = [device.describe(place), environment.cpu(), str(dtype), gradient.lacks() if place.type == "cuda" else None]
+    name = checkpoint.key(read, [tokens, base], code_files(), on)
     try:
         with checkpoint.signals() as caught:
             every = EVERY[method] if options.checkpoint_every is None else options.checkpoint_every
@@ -111,6 +104,22 @@ def main(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path) 
     environment.write(out, "train", started, method=method, precision=str(dtype).removeprefix("torch."))
     kept.remove()
     report(history, record, timings)
+
+
+def read_params() -> "tuple[str, Quantization | None, Lora, Train]":
+    """Return the method, how its base is quantised, and what `lora` and `train` hold, all of which go together."""
+    from stages import loop, lora, lora_init, model
+
+    method = params.chosen("method", "methods")
+    params.require(method in EVERY, "method", method, f"one of {', '.join(EVERY)}")
+    section = params.section(f"methods.{method}", model.Quantization if method == "qlora" else Plain)
+    quantization = section if method == "qlora" else None
+    low_rank, options = params.section("lora", lora.Lora), params.section("train", loop.Train)
+    if method == "full":
+        params.require(options.lora_plus_ratio == 1, "train.lora_plus_ratio", options.lora_plus_ratio, "1 with full")
+    else:
+        lora_init.check(low_rank.init, quantized=quantization is not None)
+    return method, quantization, low_rank, options
 
 
 def build(

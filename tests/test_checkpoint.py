@@ -190,7 +190,7 @@ def test_a_second_signal_ends_it_at_once(workplace, monkeypatch):
         return learning_rate(step, *others)
 
     monkeypatch.setattr(loop, "learning_rate", rate)
-    assert run(train.main, 130).splitlines()[-1] == "Stopped; outputs are as they were before"
+    assert run(train.main, 130).splitlines()[-1] == "Stopped; no output is half written"
     assert steps[-1] == 5
     assert {file.name[:8] for file in checkpoints()} == {"00000002", "00000004"}
 
@@ -417,6 +417,14 @@ def test_what_a_killed_run_had_begun_to_write_is_cleared_away(workplace, stopped
     (checkpoints()[0].parent / ".00000006-0123.safetensors.new").write_bytes(b"half")
     stopped(7)
     assert [file.name[:8] for file in checkpoints()] == ["00000006", "00000007"]
+
+
+def test_a_run_leaves_alone_what_another_of_the_same_key_is_writing(tmp_path):
+    kept = checkpoint.Checkpoints(tmp_path, 1, [])
+    for step in (1, 2, 3):
+        (tmp_path / ".00000009-0123.safetensors.new").write_bytes(b"half")
+        kept.put(step, {"value": torch.ones(1)}, "{}")
+    assert sorted(file.name[:9] for file in tmp_path.iterdir()) == [".00000009", "00000002-", "00000003-"]
 
 
 @pytest.fixture

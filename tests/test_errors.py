@@ -119,6 +119,13 @@ def test_an_unknown_method(workplace, inputs):
     assert line == "params.yaml: method: expected one of lora, qlora, full, not 'typo'"
 
 
+def test_a_method_of_the_users_own(workplace, inputs):
+    tiny.set_param(workplace, "methods", {"mine": {}})
+    tiny.set_param(workplace, "method", "mine")
+    line = refusal(train.main, *inputs["train"])
+    assert line == "params.yaml: method: expected one of lora, qlora, full, not 'mine'"
+
+
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
     [
@@ -321,13 +328,28 @@ def test_a_model_that_brings_code_and_does_not_need_it(with_code):
 
 
 def test_pickles_and_code_beside_the_weights_are_left_behind(workplace):
-    strangers = {"pytorch_model.bin", "modeling_gpt2.py", "tf_model.h5"}
+    strangers = {"pytorch_model.bin", "modeling_gpt2.py", "tf_model.h5", "tokenizer.pkl", "tokenizer_gpt.py"}
     own = {path.name for path in (workplace / "model").iterdir()}
     for name in strangers:
         (workplace / "model" / name).write_text("never read")
     result = CliRunner().invoke(base.main, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     assert {path.name for path in Path("data/base").iterdir()} == own | {"manifest.json"}
+
+
+def test_tokens_that_were_added_to_a_slow_tokenizer_stay_tokens(workplace):
+    source = workplace / "model"
+    vocabulary = json.loads((source / "tokenizer.json").read_text())["model"]
+    (source / "vocab.json").write_text(json.dumps(vocabulary["vocab"]))
+    (source / "merges.txt").write_text("\n".join(" ".join(pair) for pair in vocabulary["merges"]))
+    (source / "added_tokens.json").write_text(json.dumps({"<extra>": len(vocabulary["vocab"])}))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (source / name).unlink()
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"vocab_size": 400}))
+    assert CliRunner().invoke(base.main, catch_exceptions=False).exit_code == 0
+    made = tokenize.load_tokenizer(Path("data/base"))
+    assert made.token_to_id("<extra>") == len(vocabulary["vocab"])
 
 
 def test_a_model_whose_weights_are_damaged(workplace):
@@ -511,7 +533,7 @@ def test_a_full_disk(workplace, inputs, full_disk, name):
 def test_an_output_below_a_file(workplace, inputs):
     (workplace / "data" / "file").write_text("a file")
     line = refusal(tokenize.main, *inputs["tokenize"], "--out", "data/file/tokens")
-    assert "data/file" in line and line.endswith("outputs are as they were before")
+    assert "data/file" in line and line.endswith("no output is half written")
 
 
 def test_too_little_memory_of_the_cpu(workplace, inputs, monkeypatch):
@@ -519,6 +541,14 @@ def test_too_little_memory_of_the_cpu(workplace, inputs, monkeypatch):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried")
 
     monkeypatch.setattr(train, "build", fail)
+    assert refusal(train.main, *inputs["train"]).startswith("out of memory on the CPU: lower lora.r or ")
+
+
+def test_too_little_memory_for_the_model_is_not_a_model_that_cannot_be_loaded(workplace, inputs, monkeypatch):
+    def fail(*_, **options):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried")
+
+    monkeypatch.setattr(model.AutoModelForCausalLM, "from_pretrained", fail)
     assert refusal(train.main, *inputs["train"]).startswith("out of memory on the CPU: lower lora.r or ")
 
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 from transformers.pytorch_utils import Conv1D
 
 from stages import expand, fake_quant, loop, lora, lora_init, low_rank, model, scoring
+from stages.command import Stop
 from stages.device import pick_device
 
 NF4 = model.Quantization(bits=4, quant_type="nf4", double_quant=True)
@@ -235,6 +236,12 @@ def test_layers_are_counted_from_0_and_ranges_include_their_ends(layers, chosen)
     names = [f"transformer.h.{layer}.{kind}" for layer in range(12) for kind in ("attn.c_attn", "mlp.c_proj")]
     found = lora.targets(names, tiny.low_rank(target_modules=["c_proj"], layers=layers))
     assert found == [f"transformer.h.{layer}.mlp.c_proj" for layer in chosen]
+
+
+def test_names_and_layers_that_do_not_meet_are_refused():
+    names = ["model.layers.0.q_proj", "model.layers.1.q_proj", "model.project_out"]
+    with pytest.raises(Stop, match=r"lora\.layers: expected a layer that has one of model\.project_out, not \[0\]"):
+        lora.targets(names, tiny.low_rank(target_modules=["project_out"], layers=[0]))
 
 
 def test_the_adapters_are_on_the_chosen_layers_and_no_other(folder):

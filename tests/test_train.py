@@ -140,6 +140,17 @@ def test_the_loss_that_is_trained_is_the_loss_that_is_reported(lively):
     assert trained_nll == pytest.approx(likelihood.score(lively, split, 4, FP32, "").nll, rel=1e-6)
 
 
+@pytest.mark.parametrize("batch_size", [2, 3])
+def test_a_validation_reads_no_more_rows_at_once_than_training(lively, batch_size):
+    seen = []
+    lively.get_base_model().transformer.register_forward_pre_hook(
+        lambda module, given, named: seen.append(len(named.get("input_ids", *given))), with_kwargs=True
+    )
+    split = make_rows(LENGTHS)
+    loop.fit(lively, split, split, options(batch_size=batch_size), 0)
+    assert max(seen) == batch_size
+
+
 def test_scoring_leaves_no_gradient_and_the_mode_as_it_was(lively):
     for training in (True, False):
         lively.train(training)

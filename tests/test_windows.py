@@ -195,6 +195,12 @@ def test_a_model_with_a_bias_on_its_logits_is_refused(model):
         likelihood.likelihood(other, windows.slide(TEXTS, CONTEXT, 4), 8, torch.float32, "")
 
 
+def test_a_model_of_few_positions_is_scored(model):
+    config = GPT2Config(vocab_size=VOCABULARY, n_positions=4, n_embd=32, n_layer=1, n_head=2)
+    found = likelihood.likelihood(GPT2LMHeadModel(config), windows.slide(TEXTS, 4, 4), 8, torch.float32, "")
+    assert len(found.nll) == sum(max(0, length - 1) for length in LENGTHS)
+
+
 @pytest.mark.parametrize(("cap", "refused"), [(None, False), (1e-3, True)])
 def test_a_model_that_caps_its_logits_is_refused(cap, refused):
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 1, "num_key_value_heads": 1}

@@ -36,8 +36,11 @@ def experiment(method: str, name: str) -> list[str]:
 
 
 def forget_earlier_runs() -> None:
-    listed = subprocess.run(["dvc", "exp", "list", "--name-only"], capture_output=True, text=True, check=True).stdout
-    if earlier := [name for name in listed.split() if name in EXPERIMENTS.values()]:
+    listed = subprocess.run(["dvc", "exp", "list", "--name-only"], capture_output=True, text=True)
+    if listed.returncode:
+        why = listed.stderr.strip().removeprefix("ERROR: ")
+        sys.exit(f"Error: {why}; make demo needs a clone, since DVC keeps experiments in git")
+    if earlier := [name for name in listed.stdout.split() if name in EXPERIMENTS.values()]:
         subprocess.run(["dvc", "exp", "remove", "--quiet", *earlier], check=True)
 
 

@@ -14,7 +14,7 @@ import click
 from stages import hub, params, protocols
 from stages.command import Stop, need, say, stage
 from stages.evaluate import figures
-from stages.prepare import line
+from stages.prepare import line, read_text
 from stages.tokenize import choose_block_size, end_of_text, load_tokenizer
 
 PUBLISHED = (29.94, 25.2, 37.37)
@@ -37,7 +37,7 @@ def main(base: Path | None, text: Path | None, published: tuple[float, ...], bat
     """Score GPT-2 124M, untuned and in fp32, by each protocol with a published figure; fail where one is off by 0.1."""
     preset = params.section("presets.gpt2", params.Preset)
     folder = base or hub.fetch_model(preset.model, preset.model_revision)
-    content = text.read_bytes().decode() if text else fetch_test(preset)
+    content = read_text(text) if text else fetch_test(preset)
     measured = measure(folder, content, batch_size)
 
     say(f"\n{'perplexity':32}{'published':>12}{'measured':>12}{'difference':>12}")

@@ -27,6 +27,8 @@ def main() -> int:
             shutil.copyfile(file, folder / file)
         (folder / LOCK).unlink(missing_ok=True)
         params = (folder / "params.yaml").read_text(encoding="utf-8")
+        if GPT2 not in params:
+            sys.exit("Error: params.yaml: preset is not gpt2, as it is for everyone: put it back, then make lock again")
         (folder / "params.yaml").write_text(params.replace(GPT2, SAMPLE), encoding="utf-8")
         subprocess.run(["git", "init", "--quiet", name], check=True)
         if code := alive.run(["dvc", "--cd", name, "repro"]):
@@ -37,4 +39,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
