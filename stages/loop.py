@@ -110,16 +110,14 @@ def fit(
     steps = options.epochs * math.ceil(len(train) / rows_a_step)
     set_dropout(model, options.base_dropout)
 
-    done = 0
-    best_values: list[torch.Tensor] = []
-    losses: list[torch.Tensor] = []  # summed over each step's tokens, since the last validation; on the device
-    counts: list[int] = []  # those tokens
+    # losses: summed over each step's tokens, since the last validation; on the device. counts: those tokens.
     if found := checkpoints and checkpoints.resume(trained, optimizer):
         done, best_values, losses, record = found
         counts, history = record["counts"], History(**record["history"])
         say(f"train: going on after step {done} of {steps}, from {checkpoints.folder}")
     else:
         start_loss = score(model, validation, options.batch_size, dtype, "validation before training").loss
+        done, best_values, losses, counts = 0, [], [], []
         history = History([], start_loss, {"validation_loss": math.inf}, 0, 0.0)
     norms: list[torch.Tensor] = []  # of the gradient, since the last look
     lowest_norm = math.inf
@@ -143,7 +141,7 @@ def fit(
             bar.update()
             validate = step * options.validations // steps > (step - 1) * options.validations // steps
             if validate or step % LOOK_EVERY == 0:
-                check_finite(losses[-len(norms) :], step)  # those since the last look
+                check_finite(losses[-LOOK_EVERY:], step)
                 norm = float(norms[-1])
                 lowest_norm, norms = check_norms(norms, lowest_norm, step), []
                 speed = history.tokens / (history.seconds + time.perf_counter() - started)
