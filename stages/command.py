@@ -70,8 +70,8 @@ def stage(main: Callable) -> click.Command:
 
 def help_of(main: Callable) -> str:
     """Return what --help says: the function's docstring, and from its module's what goes in and out, line for line."""
-    paragraphs = (main.__globals__["__doc__"] or "").split("\n\n")
-    return "\n\n\b\n".join([main.__doc__, *(text for text in paragraphs if text.startswith("in  "))])
+    of_module = (main.__globals__["__doc__"] or "").split("\n\n")
+    return "\n\n\b\n".join([main.__doc__ or "", *(text for text in of_module if text.startswith("in  "))])
 
 
 def set_up_libraries() -> None:
