@@ -51,8 +51,8 @@ def main(raw: Path, base: Path, out: Path) -> None:
     from stages import rows
 
     tokenize = params.section("tokenize", Tokenize)
-    for folder, maker in ((base, "base"), (raw, "prepare")):
-        unchanged(folder, maker)
+    unchanged(base, "base")
+    unchanged(raw, "prepare")
     config = read_json(base / "config.json", "base", "vocab_size")
     block_size = choose_block_size(tokenize.block_size, config)
     tokenizer = load_tokenizer(base)

@@ -70,8 +70,8 @@ def main(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path) 
     split, held_out = rows.load(tokens, "train"), rows.load(tokens, "validation")
     sections = {"quantization": quantization, "lora": low_rank, "train": options}
     read = {name: section and asdict(section) for name, section in sections.items()} | {"method": method, "seed": seed}
-    # Without a compiler steps are computed in another way, with other random numbers.
-    on = [device.describe(place), environment.cpu(), str(dtype), gradient.lacks() if place.type == "cuda" else None]
+    # CPUs differ in their kernels. On a GPU, without a compiler, steps are computed with other random numbers.
+    on = [device.describe(place), str(dtype), gradient.lacks() if place.type == "cuda" else environment.cpu()]
     name = checkpoint.key(read, [tokens, base], code_files(), on)
     try:
         with checkpoint.signals() as caught:

@@ -212,6 +212,7 @@ def test_the_grid_makes_first_seeds_first_and_shares_runs():
     assert keys["lora-best-rate"] == keys["lora-lr-0.001"] and keys["full"] == keys["full-lr-0.0002"]
     assert keys["rslora"] == keys["rslora-lr-0.005"] and keys["rank-64"] == keys["lora-rank-64-lr-0.005"]
     assert len({run.key for run in runs if run.name in grid.METHODS}) == 3 * len(grid.METHODS)
+    assert len(set(keys.values())) == len(keys) - 9
 
 
 @pytest.fixture
