@@ -8,6 +8,7 @@
 import contextlib
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -75,6 +76,11 @@ def prepare(
     # What is recorded stays as these have it.
     with sdpa_kernel(ATTENTION, set_priority=True), partitioner.patch(activation_memory_budget=KEPT):
         replay, between = recorded(model, eager(model, dtype, softmax), shape, device)
+    if way == "compiled":
+        from torch._inductor.async_compile import shutdown_compile_workers
+
+        # They take a second to end: beside the steps, and not when the process does.
+        threading.Thread(target=shutdown_compile_workers).start()
     return Gradient(replay, device, shape, between)
 
 

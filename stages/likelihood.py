@@ -1,6 +1,7 @@
 """The likelihood of every token that windows score: the one computation behind every figure of `evaluate`."""
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,30 +27,28 @@ class Likelihood:
     ranks: np.ndarray  # (tokens,) int64: how many other tokens the model gives at least as much probability
 
 
-@dataclass
-class Score:
-    """Sums over all predicted tokens of a split."""
-
-    nll: float  # nats
-    correct: int  # targets that are the model's first choice
-    tokens: int
-
-    @property
-    def loss(self) -> float:
-        return self.nll / self.tokens
-
-
-def score(model: torch.nn.Module, rows: Rows, batch_size: int, dtype: torch.dtype, label: str) -> Score:
-    """Score every predicted token of a split once, each row by itself, as it is trained.
+def loss(model: torch.nn.Module, rows: Rows, batch_size: int, dtype: torch.dtype, label: str) -> float:
+    """Return the mean negative log-likelihood of every predicted token of a split, each row by itself, nats.
 
     Args:
-        batch_size: rows read at once, or fewer where those hold more than the device's number of tokens in BATCHES.
+        batch_size: of training. Twice as many rows are read at once, in less memory, since nothing is kept for a
+            backward pass; or fewer, where those hold more than the device's number of tokens in BATCHES.
     """
     windows = of_rows(rows)
-    batch_size = min(batch_size, fitting(windows, next(model.parameters()).device))
+    batch_size = min(2 * batch_size, fitting(windows, next(model.parameters()).device))
     with torch.compiler.set_stance("force_eager"):  # or layers compiled for training would be so again, for this
-        found = likelihood(model, windows, batch_size, dtype, label)
-    return Score(float(found.nll.sum()), int((found.ranks == 0).sum()), len(found.nll))
+        (nll,) = of_each_token(model, windows, batch_size, dtype, label, (nll_of,))
+    return float(nll.mean(dtype=np.float64))
+
+
+def likelihood(
+    model: torch.nn.Module, windows: Windows, batch_size: int | None, dtype: torch.dtype, label: str
+) -> Likelihood:
+    """Score every window, `batch_size` at once or as many as fill the device's number of tokens in BATCHES."""
+    check_head(model, int(windows.lengths.max()) - 1)
+    batch_size = batch_size or fitting(windows, next(model.parameters()).device)
+    nll, ranks = of_each_token(model, windows, batch_size, dtype, label, (nll_of, rank_of))
+    return Likelihood(nll.astype(np.float64), ranks.astype(np.int64))
 
 
 def fitting(windows: Windows, device: torch.device) -> int:
@@ -58,14 +57,19 @@ def fitting(windows: Windows, device: torch.device) -> int:
 
 
 @torch.no_grad()
-def likelihood(
-    model: torch.nn.Module, windows: Windows, batch_size: int | None, dtype: torch.dtype, label: str
-) -> Likelihood:
-    """Score every window, `batch_size` at once, in evaluation mode, and put the model back into its mode.
+def of_each_token(
+    model: torch.nn.Module,
+    windows: Windows,
+    batch_size: int,
+    dtype: torch.dtype,
+    label: str,
+    figures: tuple[Callable, ...],
+) -> list[np.ndarray]:
+    """Return figures, such as `nll_of`, of each scored token, each (tokens,), in the order of the windows.
 
-    Without a `batch_size`, as many windows are read at once as fill the device's number of tokens in BATCHES.
-    The layers compute in `dtype`, the logits in the type of the model's weights, fp32 or fp64, and only where they
-    are scored, a chunk of tokens at a time. On a GPU in bf16, fp32 logits are computed from factors rounded to TF32.
+    The model is in evaluation mode meanwhile. Its layers compute in `dtype`, the logits in the type of its weights,
+    fp32 or fp64, and only where they are scored, a chunk of tokens at a time. On a GPU in bf16, fp32 logits are
+    computed from factors rounded to TF32.
     """
     device = next(model.parameters()).device
     body, head = body_and_head(model)
@@ -73,16 +77,12 @@ def likelihood(
     vocabulary = len(weight)
     if device.type == "cuda":  # a multiple of 64 rows, or the product takes a path that is three times as slow
         weight = F.pad(weight, (0, 0, 0, -vocabulary % 64))
-    nll = torch.empty(int(windows.counts.sum()), dtype=weight.dtype, device=device)
-    ranks = torch.empty(len(nll), dtype=torch.int64, device=device)
     was_training = model.training
     model.eval()
-    check_head(model, int(windows.lengths.max()) - 1)
     # The longest first: windows of like length share a batch, and memory that is too small shows at once.
     order = np.argsort(-windows.lengths, kind="stable")
-    batch_size = batch_size or fitting(windows, device)
     parts = np.split(order, range(batch_size, len(order), batch_size))
-    done = 0
+    found: list[list[torch.Tensor]] = [[] for _ in figures]
     with _tf32(device.type == "cuda" and dtype == torch.bfloat16):
         for places in tqdm(parts, label, unit="batch", position=0, leave=False):
             inputs, scored, targets = (put(array, device) for array in batch(windows, places))
@@ -90,16 +90,15 @@ def likelihood(
                 hidden = body(input_ids=inputs, use_cache=False).last_hidden_state
             states = hidden.flatten(0, 1)[scored]
             for part, wanted in zip(states.split(chunk), targets.split(chunk), strict=True):
-                part_of = slice(done, done + len(wanted))
-                nll[part_of], ranks[part_of] = score_tokens(weight, vocabulary, part, wanted)
-                done += len(wanted)
+                logits, across = logits_of(weight, vocabulary, part)
+                for values, figure in zip(found, figures, strict=True):
+                    values.append(figure(logits, wanted.unsqueeze(across), across))
     model.train(was_training)
     # Back from the order of the batches into that of the windows.
     ends = np.cumsum(windows.counts)
-    places = spans((ends - windows.counts)[order], windows.counts[order])
-    found = Likelihood(np.empty(done), np.empty(done, np.int64))
-    found.nll[places], found.ranks[places] = nll.cpu().numpy(), ranks.cpu().numpy()
-    return found
+    places = np.empty(ends[-1], np.int64)
+    places[spans((ends - windows.counts)[order], windows.counts[order])] = np.arange(ends[-1])
+    return [torch.cat(values).cpu().numpy()[places] for values in found]
 
 
 def batch(windows: Windows, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -118,24 +117,28 @@ def batch(windows: Windows, places: np.ndarray) -> tuple[np.ndarray, np.ndarray,
     return inputs.astype(np.int64), scored, wanted.astype(np.int64)
 
 
-def score_tokens(
-    weight: torch.Tensor, vocabulary: int, states: torch.Tensor, wanted: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return negative log-likelihood and rank of some tokens, each (tokens,), from the states they are predicted by.
+def logits_of(weight: torch.Tensor, vocabulary: int, states: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Return the logits of the tokens that follow these states, and which of its two dimensions is the vocabulary.
 
     Only the first `vocabulary` rows of `weight` belong to a token.
     """
-    states, across = states.to(weight.dtype), -1
+    states = states.to(weight.dtype)
     if states.device.type == "cpu":
-        logits, across = weight @ states.T, 0  # the same product transposed: 1.3 times as fast with MKL
-    else:
-        logits = states @ weight.T
-        logits[:, vocabulary:] = -torch.inf
-    wanted = wanted.unsqueeze(across)
-    nll = -logits.log_softmax(across).gather(across, wanted)
-    # In int32: PyTorch first writes all of what it sums in the type of the sum.
-    ranks = (logits >= logits.gather(across, wanted)).sum(across, dtype=torch.int32) - 1
-    return nll.squeeze(across), ranks
+        return weight @ states.T, 0  # the same product transposed: 1.3 times as fast with MKL
+    logits = states @ weight.T
+    logits[:, vocabulary:] = -torch.inf
+    return logits, -1
+
+
+def nll_of(logits: torch.Tensor, wanted: torch.Tensor, across: int) -> torch.Tensor:
+    """Return the negative log-likelihood of the wanted tokens, (tokens,), nats."""
+    return -logits.log_softmax(across).gather(across, wanted).squeeze(across)
+
+
+def rank_of(logits: torch.Tensor, wanted: torch.Tensor, across: int) -> torch.Tensor:
+    """Return how many other tokens the model gives at least as much probability, (tokens,) int32."""
+    # Not in int64: PyTorch first writes all of what it sums in the type of the sum.
+    return (logits >= logits.gather(across, wanted)).sum(across, dtype=torch.int32) - 1
 
 
 @contextlib.contextmanager

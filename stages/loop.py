@@ -10,12 +10,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from stages import gradient, params
+from stages import gradient, likelihood, params
 from stages.command import Stop, say
 from stages.device import compute_dtype
-from stages.likelihood import score
 from stages.rows import Rows
-from stages.scoring import batch
+from stages.scoring import batch, check_head
 
 if TYPE_CHECKING:
     from stages.checkpoint import Checkpoints
@@ -116,7 +115,9 @@ def fit(
         counts, history = record["counts"], History(**record["history"])
         say(f"train: going on after step {done} of {steps}, from {checkpoints.folder}")
     else:
-        start_loss = score(model, validation, options.batch_size, dtype, "validation before training").loss
+        check_head(model, validation.width)
+        label = "validation before training"
+        start_loss = likelihood.loss(model, validation, options.batch_size, dtype, label)
         done, best_values, losses, counts = 0, [], [], []
         history = History([], start_loss, {"validation_loss": math.inf}, 0, 0.0)
     norms: list[torch.Tensor] = []  # of the gradient, since the last look
@@ -151,7 +152,8 @@ def fit(
                 history.seconds += time.perf_counter() - started
                 bar.clear()
                 with add.between():
-                    found = score(model, validation, options.batch_size, dtype, f"validation at step {step}").loss
+                    label = f"validation at step {step}"
+                    found = likelihood.loss(model, validation, options.batch_size, dtype, label)
                 if not math.isfinite(found):
                     raise diverged("validation loss", found, step)
                 history.add(step, train_loss, found, rate, norm)

@@ -366,7 +366,7 @@ def test_the_tuned_model_that_is_evaluated_is_the_best_that_was_trained():
     validation = rows.load(Path("data/tokens"), "validation")
     for method in METHODS:
         network = model.load_tuned(Path("data/base"), Path(method, "adapter"), torch.float32)
-        found = likelihood.score(network, validation, 8, torch.float32, "").loss
+        found = likelihood.loss(network, validation, 8, torch.float32, "")
         assert found == pytest.approx(read(f"{method}/train.json")["best_validation_loss"], rel=1e-5), method
 
 

@@ -238,7 +238,7 @@ def test_the_figures_are_those_of_the_validation_split(onto):
     output = run("gpt2", "--onto", onto, "--tokens", "tokens")
     first = rows.Rows(split.ids[:8], split.lengths[:8])
     assert f"on {first.targets} tokens of the validation split" in output
-    losses = [likelihood.score(network, first, 3, torch.float32, "").loss for network in (exported(), tuned("gpt2"))]
+    losses = [likelihood.loss(network, first, 3, torch.float32, "") for network in (exported(), tuned("gpt2"))]
     found = figures(output)
     assert [found["loss"], found["tuned"]] == pytest.approx(losses, abs=6e-5)
     assert found["change"] == pytest.approx(losses[0] - losses[1], abs=2e-6)

@@ -135,8 +135,7 @@ def test_layers_are_traced_whole_and_once_for_all(tiny_model, monkeypatch, chang
     assert nll == pytest.approx(expected[0], rel=1e-6)
     for one, other in zip(expected[1], found, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-6)
-    scored = likelihood.score(network, split, 2, FP32, "")
-    assert scored.nll == pytest.approx(nll, rel=1e-5)
+    assert likelihood.loss(network, split, 1, FP32, "") == pytest.approx(nll / split.targets, rel=1e-5)
     assert counters["stats"]["unique_graphs"] == 1  # scoring has other shapes, and compiles nothing
 
 
@@ -160,7 +159,7 @@ def test_rows_that_fill_a_batch_up_change_nothing(tiny_model):
 def test_a_recorded_step_gives_what_an_eager_one_gives(tiny_model, compiled, changes):
     network, split = adapted(tiny_model, **changes), make_rows([17] * 5)  # a whole batch, and one that is filled up
     expected = results(network, gradient.plain(network, FP32), split)
-    scored = likelihood.score(network, split, 2, FP32, "")
+    scored = likelihood.loss(network, split, 1, FP32, "")
     random = torch.cuda.get_rng_state()
     add = gradient.prepare(network, split, 4, compiled, 1, FP32)
     assert add.shape == (4, 16)
@@ -168,7 +167,7 @@ def test_a_recorded_step_gives_what_an_eager_one_gives(tiny_model, compiled, cha
     for _ in range(3):  # what is scored between two batches takes the memory of a batch, and neither notices
         held = torch.cuda.memory_reserved()
         with add.between():
-            assert likelihood.score(network, split, 2, FP32, "") == scored
+            assert likelihood.loss(network, split, 1, FP32, "") == scored
         assert torch.cuda.memory_reserved() == held
         nll, found = results(network, add, split)
         assert nll == pytest.approx(expected[0], rel=1e-5)
@@ -289,10 +288,10 @@ def test_a_model_that_attends_in_its_own_way_does_not_look_ahead(tmp_path):
     BloomForCausalLM(config).save_pretrained(tmp_path)
     network, split = model.load_base(tmp_path, None, FP32), make_rows([9] * 2)
     assert network.config._attn_implementation != attention.NAME
-    assert likelihood.score(network, split, 2, FP32, "").tokens == split.targets
+    scoring.check_head(network, split.width)
     network.config._attn_implementation = attention.NAME  # which Bloom takes for a reason to make no mask
     with pytest.raises(Stop, match=r"^Bloom\w+ looks ahead"):
-        likelihood.score(network, split, 2, FP32, "")
+        scoring.check_head(network, split.width)
 
 
 def test_a_model_with_a_sliding_window_keeps_its_mask(tmp_path):

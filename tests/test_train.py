@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-from stages import device, gradient, likelihood, loop, lora, model, rows, scoring
+from stages import attention, device, gradient, likelihood, loop, lora, model, rows, scoring, windows
 from stages.command import Stop
 
 FP32 = torch.float32
@@ -99,6 +99,13 @@ def token_by_token(network, split: rows.Rows) -> tuple[float, int, int]:
     return nll, correct, count
 
 
+def score(network, split: rows.Rows, batch_size: int = 4) -> tuple[float, int, int]:
+    """Return what `token_by_token` does, of many tokens at once, as `evaluate` scores; `train` has the same loss."""
+    found = likelihood.likelihood(network, windows.of_rows(split), batch_size, FP32, "")
+    assert likelihood.loss(network, split, batch_size, FP32, "") == pytest.approx(found.nll.mean(), rel=1e-6)
+    return float(found.nll.sum()), int((found.ranks == 0).sum()), len(found.nll)
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
 def test_a_score_is_the_sum_over_every_target_of_its_own_loss(lively, batch_size):
     split = make_rows(LENGTHS)
@@ -106,10 +113,7 @@ def test_a_score_is_the_sum_over_every_target_of_its_own_loss(lively, batch_size
     nll, correct, count = token_by_token(exact, split)
     assert count == sum(LENGTHS) - len(LENGTHS)
     for network in (lively, exact):
-        found = likelihood.score(network, split, batch_size, FP32, "")
-        assert found.nll == pytest.approx(nll, rel=1e-5)
-        assert (found.correct, found.tokens) == (correct, count)
-        assert found.loss == found.nll / count
+        assert score(network, split, batch_size) == (pytest.approx(nll, rel=1e-5), correct, count)
 
 
 def test_a_score_counts_first_choices_that_are_right(tiny_model):
@@ -120,41 +124,49 @@ def test_a_score_counts_first_choices_that_are_right(tiny_model):
     stream = ids.numpy().astype(np.uint16)
     stream[0, 10] = choices[0, 9]  # its context is unchanged: one target is right, those after it may not be
     right = stream[:, :11]
-    found = likelihood.score(network, rows.Rows(right, np.array([11], np.int32)), 1, FP32, "")
-    assert found.correct == 1 + int((choices[0, :9] == ids[0, 1:10]).sum())
-    assert found.tokens == 10
+    _, correct, tokens = score(network, rows.Rows(right, np.array([11], np.int32)))
+    assert correct == 1 + int((choices[0, :9] == ids[0, 1:10]).sum())
+    assert tokens == 10
 
 
 def test_a_score_is_the_same_however_many_logits_are_held_at_once(lively, monkeypatch):
     split = make_rows(LENGTHS)
-    expected = likelihood.score(lively, split, 8, FP32, "")
+    nll, correct, tokens = score(lively, split)
     monkeypatch.setitem(likelihood.CHUNKS, "cpu", 7)
-    found = likelihood.score(lively, split, 8, FP32, "")
-    assert found.nll == pytest.approx(expected.nll, rel=1e-6)
-    assert (found.correct, found.tokens) == (expected.correct, expected.tokens)
+    assert score(lively, split) == (pytest.approx(nll, rel=1e-6), correct, tokens)
 
 
 def test_the_loss_that_is_trained_is_the_loss_that_is_reported(lively):
     split = make_rows(LENGTHS)
     trained_nll, _ = gradients(lively, split, np.arange(len(split)), 4)
-    assert trained_nll == pytest.approx(likelihood.score(lively, split, 4, FP32, "").nll, rel=1e-6)
+    reported = likelihood.loss(lively, split, 4, FP32, "") * split.targets
+    assert trained_nll == pytest.approx(reported, rel=1e-6)
 
 
-@pytest.mark.parametrize("batch_size", [2, 3])
-def test_a_validation_reads_no_more_rows_at_once_than_training(lively, batch_size):
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_validation_reads_twice_the_rows_of_training_at_once(lively, batch_size):
     seen = []
     lively.get_base_model().transformer.register_forward_pre_hook(
         lambda module, given, named: seen.append(len(named.get("input_ids", *given))), with_kwargs=True
     )
     split = make_rows(LENGTHS)
     loop.fit(lively, split, split, options(batch_size=batch_size), 0)
-    assert max(seen) == batch_size
+    assert max(seen) == 2 * batch_size
+
+
+def test_a_model_that_looks_ahead_is_not_trained(tmp_path):
+    config = BloomConfig(vocab_size=300, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3)
+    BloomForCausalLM(config).save_pretrained(tmp_path)
+    network, split = adapted(tmp_path), make_rows([9] * 2)
+    network.get_base_model().config._attn_implementation = attention.NAME  # which makes no mask for Bloom
+    with pytest.raises(Stop, match=r"^Bloom\w+ looks ahead"):
+        loop.fit(network, split, split, options(), 0)
 
 
 def test_scoring_leaves_no_gradient_and_the_mode_as_it_was(lively):
     for training in (True, False):
         lively.train(training)
-        likelihood.score(lively, make_rows(LENGTHS), 4, FP32, "")
+        score(lively, make_rows(LENGTHS))
         assert lively.training is training
         assert all(value.grad is None for value in lively.parameters())
 
@@ -162,7 +174,7 @@ def test_scoring_leaves_no_gradient_and_the_mode_as_it_was(lively):
 def test_scoring_keeps_nothing_for_gradients(lively):
     seen = []
     lively.get_base_model().transformer.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
-    likelihood.score(lively, make_rows(LENGTHS), 4, FP32, "")
+    score(lively, make_rows(LENGTHS))
     assert seen
     assert not any(seen)
 
@@ -171,7 +183,7 @@ def test_scoring_uses_no_dropout(tiny_model):
     network = adapted(tiny_model, dropout=0.5)
     loop.set_dropout(network, 0.5)
     network.train()
-    scores = [likelihood.score(network, make_rows(LENGTHS), 4, FP32, "").nll for _ in range(2)]
+    scores = [score(network, make_rows(LENGTHS)) for _ in range(2)]
     assert scores[0] == scores[1]
 
 
@@ -180,12 +192,11 @@ def test_a_llama_is_scored_token_by_token_too(tmp_path):
     size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=300, max_position_embeddings=64, **size)).save_pretrained(tmp_path)
     network, split = adapted(tmp_path), make_rows(LENGTHS)
-    start = likelihood.score(network, split, 4, FP32, "").loss
+    start = likelihood.loss(network, split, 4, FP32, "")
     history = loop.fit(network, split, split, options(epochs=5), seed=0)
     assert history.best["validation_loss"] < start
     nll, correct, count = token_by_token(network.double().eval(), split)
-    found = likelihood.score(network, split, 4, FP32, "")
-    assert (found.nll, found.correct, found.tokens) == (pytest.approx(nll, rel=1e-5), correct, count)
+    assert score(network, split) == (pytest.approx(nll, rel=1e-5), correct, count)
 
 
 # Padding
@@ -196,16 +207,14 @@ def test_what_stands_in_the_padding_changes_neither_loss_nor_gradient_nor_score(
     padding = np.arange(split.ids.shape[1]) >= split.lengths[:, None]
     assert padding.any()
     nll, gradient = gradients(lively, split, np.arange(len(split)), 4)
-    score = likelihood.score(lively, split, 4, FP32, "")
+    scored_nll, correct, count = score(lively, split)
     for seed in range(3):
         noise = np.random.default_rng(seed).integers(0, 300, split.ids.shape).astype(np.uint16)
         other = rows.Rows(np.where(padding, noise, split.ids), split.lengths)
         other_nll, other_gradient = gradients(lively, other, np.arange(len(split)), 4)
         assert other_nll == pytest.approx(nll, rel=1e-6)
         torch.testing.assert_close(other_gradient, gradient, rtol=1e-5, atol=1e-7)
-        other_score = likelihood.score(lively, other, 4, FP32, "")
-        assert other_score.nll == pytest.approx(score.nll, rel=1e-6)
-        assert (other_score.correct, other_score.tokens) == (score.correct, score.tokens)
+        assert score(lively, other) == (pytest.approx(scored_nll, rel=1e-6), correct, count)
 
 
 def test_a_real_end_of_text_is_a_target_and_padding_with_the_same_id_is_none():
@@ -224,9 +233,8 @@ def test_the_last_packed_row_is_scored_to_its_end_and_no_further(lively):
     packed = rows.pack(stream, 16, END)
     assert packed.lengths.tolist() == [17, 17, 8]
     nll, correct, count = token_by_token(lively.eval(), packed)
-    found = likelihood.score(lively, packed, 3, FP32, "")
-    assert (found.nll, found.correct, found.tokens) == (pytest.approx(nll, rel=1e-5), correct, 39)
     assert count == 39
+    assert score(lively, packed) == (pytest.approx(nll, rel=1e-5), correct, count)
 
 
 # Steps
@@ -394,7 +402,7 @@ def test_the_model_is_left_with_the_values_of_the_lowest_validation_loss(tiny_mo
     losses = [row["validation_loss"] for row in history.rows]
     assert history.best == min(history.rows, key=lambda row: row["validation_loss"])
     assert losses[-1] > 1.05 * min(losses), "training went on past the best"
-    assert likelihood.score(network, validation, 4, FP32, "").loss == pytest.approx(min(losses), rel=1e-6)
+    assert likelihood.loss(network, validation, 4, FP32, "") == pytest.approx(min(losses), rel=1e-6)
 
 
 @pytest.mark.parametrize("quantization", [None, NF4], ids=["float", "nf4"])

@@ -122,13 +122,13 @@ def test_padded_rows_are_scored_up_to_their_length_whatever_the_padding(model):
 
 def test_logits_are_computed_where_they_are_scored_and_a_chunk_at_a_time(model, monkeypatch):
     monkeypatch.setitem(likelihood.CHUNKS, "cpu", 5)
-    sizes, score_tokens = [], likelihood.score_tokens
+    sizes, logits_of = [], likelihood.logits_of
 
-    def counting(weight, vocabulary, states, wanted):
+    def counting(weight, vocabulary, states):
         sizes.append(len(states))
-        return score_tokens(weight, vocabulary, states, wanted)
+        return logits_of(weight, vocabulary, states)
 
-    monkeypatch.setattr(likelihood, "score_tokens", counting)
+    monkeypatch.setattr(likelihood, "logits_of", counting)
     likelihood.likelihood(model, windows.slide(TEXTS, CONTEXT, 4), 8, torch.float64, "")
     assert max(sizes) == 5
     assert sum(sizes) == sum(max(0, length - 1) for length in LENGTHS)
@@ -148,13 +148,14 @@ def test_without_a_batch_size_as_many_windows_are_read_as_hold_the_device_s_toke
 
 
 def test_bf16_layers_keep_fp32_logits(model, monkeypatch):
-    other, seen, score_tokens = copy(model).float(), set(), likelihood.score_tokens
+    other, seen, logits_of = copy(model).float(), set(), likelihood.logits_of
 
-    def recording(weight, vocabulary, states, wanted):
-        seen.add((states.dtype, weight.dtype))
-        return score_tokens(weight, vocabulary, states, wanted)
+    def recording(weight, vocabulary, states):
+        logits, across = logits_of(weight, vocabulary, states)
+        seen.add((weight.dtype, logits.dtype))
+        return logits, across
 
-    monkeypatch.setattr(likelihood, "score_tokens", recording)
+    monkeypatch.setattr(likelihood, "logits_of", recording)
     laid = windows.slide(TEXTS, CONTEXT, 4)
     found = likelihood.likelihood(other, laid, 8, torch.bfloat16, "")
     assert seen == {(torch.float32, torch.float32)}
