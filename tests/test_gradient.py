@@ -13,6 +13,7 @@ import torch
 import torch._dynamo
 import torch.nn.functional as F
 from click.testing import CliRunner
+from torch._functorch._aot_autograd.autograd_cache import check_cacheable
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -137,6 +138,24 @@ def test_layers_are_traced_whole_and_once_for_all(tiny_model, monkeypatch, chang
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-6)
     assert likelihood.loss(network, split, 1, FP32, "") == pytest.approx(nll / split.targets, rel=1e-5)
     assert counters["stats"]["unique_graphs"] == 1  # scoring has other shapes, and compiles nothing
+
+
+@pytest.mark.parametrize("changes", [{}, {"bits": 8}], ids=str)
+def test_a_later_run_finds_compiled_layers_on_disk(tiny_model, monkeypatch, changes):
+    network, split = adapted(tiny_model, **changes), make_rows([17] * 4)
+    seen = []
+
+    def backend(graph, inputs):
+        check_cacheable(graph)  # raises where torch would keep nothing
+        seen.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend=backend))
+    torch._dynamo.reset()
+    gradient.compile_layers(network)
+    with gradient.compiler.patch(gradient.COMPILER):
+        results(network, gradient.plain(network, FP32), split)
+    assert len(seen) == 1
 
 
 def test_rows_that_fill_a_batch_up_change_nothing(tiny_model):
