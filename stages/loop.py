@@ -11,8 +11,9 @@ import torch
 from tqdm import tqdm
 
 from stages import gradient, likelihood, params
-from stages.command import Stop, say
+from stages.command import say
 from stages.device import compute_dtype
+from stages.divergence import check_finite, check_norms, diverged
 from stages.rows import Rows
 from stages.scoring import batch, check_head
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from stages.checkpoint import Checkpoints
 
 LOOK_EVERY = 10  # steps between reading the loss back from the device, which waits for it
-EXPLOSION = 100  # times the lowest usual norm of the gradient: worth a warning
 
 
 @dataclass
@@ -83,6 +83,29 @@ class History:
             self.best = self.rows[-1]
 
 
+@dataclass
+class State:
+    """Where training stands after a step, beside what model and optimizer hold."""
+
+    step: int
+    history: History
+    best_values: list[torch.Tensor]  # of the trained parameters, on the CPU
+    losses: list[torch.Tensor]  # of the steps since the last validation, summed over their tokens, nats; on the device
+    counts: list[int]  # those tokens
+
+    def add(self, step: int, loss: torch.Tensor, tokens: int) -> None:
+        self.step = step
+        self.losses.append(loss)
+        self.counts.append(tokens)
+        self.history.tokens += tokens
+
+    def train_loss(self) -> float:
+        """Return the mean loss a token since the last validation, nats, and begin anew."""
+        mean = sum(map(float, self.losses)) / sum(self.counts)
+        self.losses, self.counts = [], []
+        return mean
+
+
 def fit(
     model: torch.nn.Module,
     train: Rows,
@@ -109,46 +132,33 @@ def fit(
     steps = options.epochs * math.ceil(len(train) / rows_a_step)
     set_dropout(model, options.base_dropout)
 
-    # losses: summed over each step's tokens, since the last validation; on the device. counts: those tokens.
-    if found := checkpoints and checkpoints.resume(trained, optimizer):
-        done, best_values, losses, record = found
-        counts, history = record["counts"], History(**record["history"])
-        say(f"train: going on after step {done} of {steps}, from {checkpoints.folder}")
-    else:
+    state = resume(checkpoints, trained, optimizer, steps)
+    if state is None:
         check_head(model, validation.width)
-        label = "validation before training"
-        start_loss = likelihood.loss(model, validation, options.batch_size, dtype, label)
-        done, best_values, losses, counts = 0, [], [], []
-        history = History([], start_loss, {"validation_loss": math.inf}, 0, 0.0)
+        loss = likelihood.loss(model, validation, options.batch_size, dtype, "validation before training")
+        state = State(0, History([], loss, {"validation_loss": math.inf}, 0, 0.0), [], [], [])
+    history = state.history
     norms: list[torch.Tensor] = []  # of the gradient, since the last look
     lowest_norm = math.inf
     model.train()
     add = gradient.prepare(model, train, options.batch_size, options.compile, steps, dtype)
-    started = time.perf_counter()
-    step, stopping = done, False
-    order = itertools.islice(batches(len(train), rows_a_step, options.epochs, seed), done, None)
-    with tqdm(total=steps, initial=done, desc="train", unit="step", mininterval=0.5) as bar:
-        for step, places in enumerate(order, start=done + 1):
-            counts.append(train.targets_of(places))
-            losses.append(accumulate(add, train, places, options.batch_size))
-            norms.append(torch.nn.utils.clip_grad_norm_(trained, options.clip_norm))
+    started, stopping = time.perf_counter(), False
+    order = itertools.islice(batches(len(train), rows_a_step, options.epochs, seed), state.step, None)
+    with tqdm(total=steps, initial=state.step, desc="train", unit="step", mininterval=0.5) as bar:
+        for step, places in enumerate(order, start=state.step + 1):
             rate = learning_rate(step, steps, options)
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group["ratio"]
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=add.shape is None)  # a recorded step adds to the gradients where they are
-
-            history.tokens += counts[-1]
+            loss, norm = take_step(optimizer, trained, add, train, places, rate, options)
+            norms.append(norm)
+            state.add(step, loss, train.targets_of(places))
             bar.update()
             validate = step * options.validations // steps > (step - 1) * options.validations // steps
             if validate or step % LOOK_EVERY == 0:
-                check_finite(losses[-LOOK_EVERY:], step)
-                norm = float(norms[-1])
+                check_finite(state.losses[-LOOK_EVERY:], step)
                 lowest_norm, norms = check_norms(norms, lowest_norm, step), []
                 speed = history.tokens / (history.seconds + time.perf_counter() - started)
-                bar.set_postfix_str(f"loss {float(losses[-1]) / counts[-1]:.4f} nats/token, {speed:,.0f} tokens/s")
+                bar.set_postfix_str(f"loss {float(loss) / state.counts[-1]:.4f} nats/token, {speed:,.0f} tokens/s")
             if validate:
-                train_loss = sum(map(float, losses)) / sum(counts)
+                train_loss = state.train_loss()
                 history.seconds += time.perf_counter() - started
                 bar.clear()
                 with add.between():
@@ -156,25 +166,58 @@ def fit(
                     found = likelihood.loss(model, validation, options.batch_size, dtype, label)
                 if not math.isfinite(found):
                     raise diverged("validation loss", found, step)
-                history.add(step, train_loss, found, rate, norm)
+                history.add(step, train_loss, found, rate, float(norm))
                 if history.best is history.rows[-1]:
-                    best_values = [parameter.detach().to("cpu", copy=True) for parameter in trained]
-                losses, counts = [], []
+                    state.best_values = [parameter.detach().to("cpu", copy=True) for parameter in trained]
                 started = time.perf_counter()
             stopping = bool(checkpoints and checkpoints.caught)
             if checkpoints and checkpoints.due(step, stopping):
                 history.seconds += time.perf_counter() - started
                 started = time.perf_counter()
-                record = {"counts": counts, "history": asdict(history)}
-                checkpoints.write(step, trained, optimizer, best_values, losses, record)
+                record = {"counts": state.counts, "history": asdict(history)}
+                checkpoints.write(step, trained, optimizer, state.best_values, state.losses, record)
             if stopping:
                 break
     if stopping:
-        checkpoints.stop(step, steps)
+        checkpoints.stop(state.step, steps)
     with torch.no_grad():
-        for parameter, value in zip(trained, best_values, strict=True):
+        for parameter, value in zip(trained, state.best_values, strict=True):
             parameter.copy_(value)
     return history
+
+
+def resume(
+    checkpoints: "Checkpoints | None",
+    trained: list[torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+) -> State | None:
+    """Put parameters and optimizer where the newest checkpoint has them; return the rest of it, or None without one."""
+    found = checkpoints and checkpoints.resume(trained, optimizer)
+    if not found:
+        return None
+    step, best_values, losses, record = found
+    say(f"train: going on after step {step} of {steps}, from {checkpoints.folder}")
+    return State(step, History(**record["history"]), best_values, losses, record["counts"])
+
+
+def take_step(
+    optimizer: torch.optim.Optimizer,
+    trained: list[torch.Tensor],
+    add: gradient.Gradient,
+    train: Rows,
+    places: np.ndarray,
+    rate: float,
+    options: Train,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Train on the rows at `places`; return their summed loss, nats, and the norm of the gradient before clipping."""
+    loss = accumulate(add, train, places, options.batch_size)
+    norm = torch.nn.utils.clip_grad_norm_(trained, options.clip_norm)
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["ratio"]
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=add.shape is None)  # a recorded step adds to the gradients where they are
+    return loss, norm
 
 
 def accumulate(add: gradient.Gradient, train: Rows, places: np.ndarray, batch_size: int) -> torch.Tensor:
@@ -222,34 +265,3 @@ def set_dropout(model: torch.nn.Module, share: float) -> None:
         for key, value in vars(module).items():
             if "dropout" in key and isinstance(value, float):  # what a module hands to a function
                 setattr(module, key, share)
-
-
-def check_finite(numbers: list[torch.Tensor], step: int, what: str = "loss") -> None:
-    """Stop at the first loss that is not finite; `numbers` are those of the last steps up to `step`."""
-    finite = torch.isfinite(torch.stack(numbers)).tolist()
-    if not all(finite):
-        bad = step - len(numbers) + 1 + finite.index(False)
-        raise diverged(what, float(numbers[finite.index(False)]), bad)
-
-
-def check_norms(norms: list[torch.Tensor], lowest: float, step: int) -> float:
-    """Stop at a gradient that is not finite, warn of one that explodes; return the lowest usual norm so far.
-
-    Args:
-        norms: of the last steps up to `step`, before clipping; their median is what was usual among them.
-    """
-    check_finite(norms, step, "norm of the gradient")
-    largest = float(max(norms))
-    if largest > EXPLOSION * lowest:
-        say(
-            f"train: warning: the gradient explodes: norm {largest:.3g} near step {step}, {lowest:.3g} before: lower "
-            "train.learning_rate or raise train.warmup_fraction"
-        )
-    return min(lowest, float(torch.stack(norms).median()))
-
-
-def diverged(what: str, found: float, step: int) -> Stop:
-    return Stop(
-        f"train: the {what} is {found} at step {step}: lower train.learning_rate, raise train.warmup_fraction, "
-        "or set train.precision to fp32"
-    )

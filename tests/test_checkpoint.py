@@ -16,7 +16,7 @@ import torch
 from click.testing import CliRunner
 from test_pipeline import declared_leaves
 
-from stages import base, checkpoint, command, loop, memory, prepare, rows, tokenize, train
+from stages import base, checkpoint, command, divergence, loop, memory, prepare, rows, tokenize, train
 from stages.command import Stop, whole
 
 KILLS = int(os.environ.get("KILLS", 20))
@@ -183,6 +183,8 @@ def test_a_second_signal_ends_it_at_once(workplace, monkeypatch):
     def rate(step, *others):
         steps.append(step)
         if step == 5:
+            while len(checkpoints()) < 2:  # that of step 4 is being written
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGINT)
             while signal.getsignal(signal.SIGINT) is not before:  # two that come before Python looks are one
                 time.sleep(0.01)
@@ -537,15 +539,15 @@ def stages_of(parent: int) -> list[int]:
 def test_a_gradient_that_is_not_finite_stops_with_its_step():
     norms = [torch.tensor(1.0), torch.tensor(math.inf), torch.tensor(1.0)]
     with pytest.raises(Stop, match=r"the norm of the gradient is inf at step 19: lower train.learning_rate"):
-        loop.check_norms(norms, math.inf, 20)
+        divergence.check_norms(norms, math.inf, 20)
 
 
 def test_a_gradient_that_explodes_is_warned_of(capsys):
-    lowest = loop.check_norms([torch.tensor(2.0), torch.tensor(3.0), torch.tensor(100.0)], math.inf, 10)
+    lowest = divergence.check_norms([torch.tensor(2.0), torch.tensor(3.0), torch.tensor(100.0)], math.inf, 10)
     assert lowest == 3.0
-    assert loop.check_norms([torch.tensor(290.0)], lowest, 20) == 3.0
+    assert divergence.check_norms([torch.tensor(290.0)], lowest, 20) == 3.0
     assert capsys.readouterr().out == ""
-    assert loop.check_norms([torch.tensor(310.0)], lowest, 30) == 3.0
+    assert divergence.check_norms([torch.tensor(310.0)], lowest, 30) == 3.0
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("train: warning: the gradient explodes: norm 310 near step 30, 3 before: lower train.learn")
 

@@ -10,7 +10,7 @@ import tiny
 import torch
 from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-from stages import attention, device, gradient, likelihood, loop, lora, model, rows, scoring, windows
+from stages import attention, device, divergence, gradient, likelihood, loop, lora, model, rows, scoring, windows
 from stages.command import Stop
 
 FP32 = torch.float32
@@ -384,8 +384,8 @@ def test_the_step_named_is_the_first_whose_loss_is_not_finite(place):
     losses[place] = torch.tensor(math.inf)
     losses[11] = torch.tensor(math.nan)
     with pytest.raises(Stop, match=rf"the loss is {'nan' if place == 11 else 'inf'} at step {9 + place}:"):
-        loop.check_finite(losses, 20)
-    loop.check_finite(losses[:place], 20)
+        divergence.check_finite(losses, 20)
+    divergence.check_finite(losses[:place], 20)
 
 
 @pytest.mark.parametrize("batch_size", [4, 100], ids=["several steps", "one step"])
