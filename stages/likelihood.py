@@ -17,6 +17,9 @@ from stages.windows import Windows, of_rows, spans
 # which fit its cache, and which malloc reuses instead of asking the kernel for fresh pages.
 CHUNKS = {"cuda": 512, "cpu": 128}
 BATCHES = {"cuda": 32_768, "cpu": 2_048}  # tokens read at once, where no number of windows is asked for
+# Rows that a validation reads at once, for each that training does. A GPU would wait for Python with fewer, and takes
+# less memory all the same, since nothing is kept for a backward pass.
+ROWS = {"cuda": 2, "cpu": 1}
 
 
 @dataclass
@@ -31,11 +34,12 @@ def loss(model: torch.nn.Module, rows: Rows, batch_size: int, dtype: torch.dtype
     """Return the mean negative log-likelihood of every predicted token of a split, each row by itself, nats.
 
     Args:
-        batch_size: of training. Twice as many rows are read at once, in less memory, since nothing is kept for a
-            backward pass; or fewer, where those hold more than the device's number of tokens in BATCHES.
+        batch_size: rows of a batch of training. ROWS times as many are read at once, or as many as hold the device's
+            number of tokens in BATCHES, if that is less.
     """
+    device = next(model.parameters()).device
     windows = of_rows(rows)
-    batch_size = min(2 * batch_size, fitting(windows, next(model.parameters()).device))
+    batch_size = min(ROWS[device.type] * batch_size, fitting(windows, device))
     with torch.compiler.set_stance("force_eager"):  # or layers compiled for training would be so again, for this
         (nll,) = of_each_token(model, windows, batch_size, dtype, label, (nll_of,))
     return float(nll.mean(dtype=np.float64))

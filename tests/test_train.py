@@ -143,15 +143,16 @@ def test_the_loss_that_is_trained_is_the_loss_that_is_reported(lively):
     assert trained_nll == pytest.approx(reported, rel=1e-6)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2])
-def test_a_validation_reads_twice_the_rows_of_training_at_once(lively, batch_size):
+@pytest.mark.parametrize(("batch_size", "more"), [(2, 1), (3, 1), (2, 2)])
+def test_a_validation_reads_so_many_times_the_rows_of_training_at_once(lively, monkeypatch, batch_size, more):
+    monkeypatch.setitem(likelihood.ROWS, "cpu", more)
     seen = []
     lively.get_base_model().transformer.register_forward_pre_hook(
         lambda module, given, named: seen.append(len(named.get("input_ids", *given))), with_kwargs=True
     )
     split = make_rows(LENGTHS)
     loop.fit(lively, split, split, options(batch_size=batch_size), 0)
-    assert max(seen) == 2 * batch_size
+    assert max(seen) == more * batch_size
 
 
 def test_a_model_that_looks_ahead_is_not_trained(tmp_path):
