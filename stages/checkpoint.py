@@ -122,7 +122,7 @@ def key(parameters: dict, folders: Iterable[Path], code: Iterable[Path], device:
         device: what computes, as JSON can hold it: kernels differ, and round differently.
     """
     versions = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
-    facts = [parameters, versions, device, torch.backends.cpu.get_cpu_capability()]
+    facts = [parameters, versions, device]
     facts += [digests(folder) for folder in folders]
     facts += [[file.name, file_digest(file)] for file in sorted(code)]
     return digest(json.dumps(facts, sort_keys=True).encode())

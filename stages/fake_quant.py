@@ -62,6 +62,7 @@ def dequantize(
 
 # An operation of its own, which torch.compile takes as it is: a compiler would leave the scale's rounding to bf16 out,
 # and training would compute with other values than those that are stored.
+# What torch has compiled of it lies on disk under its name: with another gradient it wants another name.
 @torch.library.custom_op("stages::stored", mutates_args=())
 def stored(matrix: torch.Tensor, bits: int, levels: torch.Tensor) -> torch.Tensor:
     """Return what is stored of a matrix, with the gradient of the matrix itself."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
-import torch._functorch.config as compiler
+import torch._functorch.config as autograd_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stages import params
@@ -40,6 +40,7 @@ COMPILER = {
     "autograd_cache_allow_custom_autograd_functions": True,
 }
 FULL = 0.9  # share of a batch's places that must hold tokens, or padding would cost more than recording saves
+_ending: list[threading.Thread] = []  # those that end helpers of the compiler
 
 
 @dataclass
@@ -78,14 +79,25 @@ def prepare(
         compile_layers(model)
         softmax = torch.compile(to_probabilities, dynamic=False)
     # What is recorded stays as these have it.
-    with sdpa_kernel(ATTENTION, set_priority=True), compiler.patch(COMPILER):
+    with sdpa_kernel(ATTENTION, set_priority=True), autograd_config.patch(COMPILER):
         replay, between = recorded(model, eager(model, dtype, softmax), shape, device)
     if way == "compiled":
-        from torch._inductor.async_compile import shutdown_compile_workers
-
-        # They take a second to end: beside the steps, and not when the process does.
-        threading.Thread(target=shutdown_compile_workers).start()
+        end_helpers()
     return Gradient(replay, device, shape, between)
+
+
+def end_helpers() -> None:
+    """End the compiler's helper processes: that takes a second, here beside the steps and not when the process ends."""
+    from torch._inductor.async_compile import shutdown_compile_workers
+
+    _ending.append(threading.Thread(target=shutdown_compile_workers))
+    _ending[-1].start()
+
+
+def wait_for_helpers() -> None:
+    """Wait until they have ended: what is compiled before that finds them closed, after that it starts new ones."""
+    while _ending:
+        _ending.pop().join()
 
 
 def choose(model: torch.nn.Module, train: Rows, tokens: int, compiled: str, device: torch.device) -> tuple[str, str]:

@@ -97,6 +97,7 @@ def of_each_token(
                 logits, across = logits_of(weight, vocabulary, part)
                 for values, figure in zip(found, figures, strict=True):
                     values.append(figure(logits, wanted.unsqueeze(across), across))
+                del logits  # before the next batch is read
     model.train(was_training)
     # Back from the order of the batches into that of the windows.
     ends = np.cumsum(windows.counts)

@@ -99,7 +99,7 @@ class State:
         self.counts.append(tokens)
         self.history.tokens += tokens
 
-    def train_loss(self) -> float:
+    def take_train_loss(self) -> float:
         """Return the mean loss a token since the last validation, nats, and begin anew."""
         mean = sum(map(float, self.losses)) / sum(self.counts)
         self.losses, self.counts = [], []
@@ -120,7 +120,8 @@ def fit(
         checkpoints: where to go on from, if there is one, and where to write more.
 
     Raises:
-        Stop: the loss or the gradient of a step is not finite.
+        Stop: a loss or the gradient of a step is not finite; the model is none that `scoring` can score; the disk is
+            full.
         SystemExit: a signal asked to stop; a checkpoint is written.
     """
     device = next(model.parameters()).device
@@ -158,7 +159,7 @@ def fit(
                 speed = history.tokens / (history.seconds + time.perf_counter() - started)
                 bar.set_postfix_str(f"loss {float(loss) / state.counts[-1]:.4f} nats/token, {speed:,.0f} tokens/s")
             if validate:
-                train_loss = state.train_loss()
+                train_loss = state.take_train_loss()
                 history.seconds += time.perf_counter() - started
                 bar.clear()
                 with add.between():

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch._functorch.config as autograd_config
 
 from stages import gradient
 from stages.command import Stop
@@ -52,10 +53,13 @@ def measure(model: torch.nn.Module, train: "Rows", dtype: torch.dtype) -> tuple[
         torch.OutOfMemoryError: one row does not fit.
     """
     longest = np.array([train.lengths.argmax()])
+    model.train()  # a validation that ran out of memory has left it in evaluation mode
+    gradient.wait_for_helpers()
     torch.cuda.empty_cache()
     room = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
     add = gradient.plain(model, dtype)
-    accumulate(add, train, longest, 1)  # makes the gradients, which stay
+    with autograd_config.patch(gradient.COMPILER):  # layers that are compiled are so again, for one row
+        accumulate(add, train, longest, 1)  # makes the gradients, which stay
     torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated()
     accumulate(add, train, longest, 1)

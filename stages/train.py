@@ -71,7 +71,8 @@ def main(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path) 
     sections = {"quantization": quantization, "lora": low_rank, "train": options}
     read = {name: section and asdict(section) for name, section in sections.items()} | {"method": method, "seed": seed}
     # CPUs differ in their kernels. On a GPU, without a compiler, steps are computed with other random numbers.
-    on = [device.describe(place), str(dtype), gradient.lacks() if place.type == "cuda" else environment.cpu()]
+    kernels = [environment.cpu(), torch.backends.cpu.get_cpu_capability()]
+    on = [device.describe(place), str(dtype), gradient.lacks() if place.type == "cuda" else kernels]
     name = checkpoint.key(read, [tokens, base], code_files(), on)
     try:
         with checkpoint.signals() as caught:

@@ -3,6 +3,7 @@
 `TEST_ON_GPU=1 pytest tests/test_gradient.py` runs what needs a GPU as well.
 """
 
+import contextlib
 import functools
 import re
 
@@ -141,21 +142,27 @@ def test_layers_are_traced_whole_and_once_for_all(tiny_model, monkeypatch, chang
 
 
 @pytest.mark.parametrize("changes", [{}, {"bits": 8}], ids=str)
-def test_a_later_run_finds_compiled_layers_on_disk(tiny_model, monkeypatch, changes):
+def test_torch_may_keep_compiled_layers_for_a_later_run(tiny_model, monkeypatch, changes):
     network, split = adapted(tiny_model, **changes), make_rows([17] * 4)
     seen = []
 
     def backend(graph, inputs):
-        check_cacheable(graph)  # raises where torch would keep nothing
+        check_cacheable(graph)  # raises where it would not
         seen.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend=backend))
+    def run(model, add, shape, device):
+        add(torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64), torch.ones(()))
+        return add, contextlib.nullcontext
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    monkeypatch.setattr(gradient, "choose", lambda *_: ("compiled", "it is asked for"))
+    monkeypatch.setattr(gradient, "recorded", run)
     torch._dynamo.reset()
-    gradient.compile_layers(network)
-    with gradient.compiler.patch(gradient.COMPILER):
-        results(network, gradient.plain(network, FP32), split)
-    assert len(seen) == 1
+    network.train()
+    gradient.prepare(network, split, 4, "always", 1, FP32)
+    gradient.wait_for_helpers()
+    assert len(seen) == 2  # a layer and the softmax
 
 
 def test_rows_that_fill_a_batch_up_change_nothing(tiny_model):

@@ -170,15 +170,21 @@ def test_a_model_of_bf16_weights_has_its_likelihood_computed_in_fp32(model):
     assert (rounded != found).mean() > 0.9
 
 
-def test_the_model_comes_back_in_its_mode_and_torch_in_its_precision(model):
+def test_torch_comes_back_in_its_precision():
+    before = torch.get_float32_matmul_precision()
+    with pytest.raises(ValueError, match=r"^$"), likelihood._tf32(True):
+        assert torch.get_float32_matmul_precision() == "high" != before
+        raise ValueError
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_the_model_comes_back_in_its_mode(model):
     other = copy(model).train()
     other.transformer.drop.p = 0.5
-    before = torch.get_float32_matmul_precision()
     laid = windows.slide(TEXTS, CONTEXT, 4)
     found = [likelihood.likelihood(other.float(), laid, 8, torch.float32, "").nll for _ in range(2)]
     assert other.training
     assert (found[0] == found[1]).all()
-    assert torch.get_float32_matmul_precision() == before
 
 
 def test_a_model_that_tells_tokens_not_apart_ranks_all_of_them_last(model):
