@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch._functorch.config as autograd_config
 
 from stages import gradient
 from stages.command import Stop
@@ -58,8 +57,7 @@ def measure(model: torch.nn.Module, train: "Rows", dtype: torch.dtype) -> tuple[
     torch.cuda.empty_cache()
     room = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
     add = gradient.plain(model, dtype)
-    with autograd_config.patch(gradient.COMPILER):  # layers that are compiled are so again, for one row
-        accumulate(add, train, longest, 1)  # makes the gradients, which stay
+    accumulate(add, train, longest, 1)  # makes the gradients, which stay, and compiles for one row what is compiled
     torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated()
     accumulate(add, train, longest, 1)

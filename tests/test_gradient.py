@@ -152,7 +152,8 @@ def test_torch_may_keep_compiled_layers_for_a_later_run(tiny_model, monkeypatch,
         return graph.forward
 
     def run(model, add, shape, device):
-        add(torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64), torch.ones(()))
+        ids = torch.zeros(shape, dtype=torch.int64, device=device)
+        add(ids, ids, torch.ones((), device=device))
         return add, contextlib.nullcontext
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
