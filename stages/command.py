@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -121,6 +122,16 @@ def _digest(path: Path, *_: int) -> str:
 def digests(folder: Path, pattern: str = "*") -> dict[str, str]:
     """Return the digest of each file in `folder`, by name."""
     return {path.name: file_digest(path) for path in sorted(folder.glob(pattern)) if path.is_file()}
+
+
+def read_ahead(folder: Path) -> None:
+    """Begin to compute the digests of a folder's files, in a thread that ends with the process."""
+
+    def read() -> None:
+        with contextlib.suppress(OSError):  # who asks for the digests meets it, too
+            digests(folder)
+
+    threading.Thread(target=read, daemon=True).start()
 
 
 def read_json(file: Path, maker: str, *keys: str) -> dict:

@@ -15,6 +15,11 @@ def describe(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
 
 
+def wake() -> None:
+    """Have a GPU's driver ready for the first computation, for which it takes a second."""
+    torch.zeros(1, device=pick_device())
+
+
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     """Return the type of the matrix products. "auto" is bf16 on GPUs, and on CPUs that have instructions for it."""
     if precision == "auto":

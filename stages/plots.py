@@ -9,6 +9,7 @@ import csv
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,6 +85,13 @@ TEST = (
 )
 
 
+def load() -> None:
+    """Import what draws: half a second's work, that need not wait until there is something to draw."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells of its font cache, once for each user
+    for name in ("matplotlib.backends.backend_agg", "matplotlib.figure", "PIL.PngImagePlugin"):
+        import_module(name)
+
+
 def draw(plots: tuple[Plot, ...], table: Path, folder: Path) -> None:
     """Draw some plots of a CSV file, each into a PNG file of `folder`."""
     with table.open(encoding="utf-8", newline="") as file:
@@ -114,7 +122,7 @@ def short(count: float, place: int | None = None) -> str:
 @contextlib.contextmanager
 def picture(file: Path, title: str, size: tuple[float, float] = SIZE) -> "Iterator[Axes]":
     """Yield empty axes of a picture; it is written to `file`, a PNG, at the end."""
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells of its font cache, once for each user
+    load()
     import matplotlib
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg

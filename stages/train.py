@@ -13,6 +13,7 @@ import csv
 import json
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING
 import click
 
 from stages import environment, params, plots
-from stages.command import say, stage, whole
+from stages.command import read_ahead, say, stage, whole
 
 if TYPE_CHECKING:
     import torch
@@ -50,9 +51,14 @@ def main(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path) 
     """Train an adapter on the corpus and keep the best by validation loss."""
     started = time.perf_counter()
     say("train: loading torch and transformers")
+    read_ahead(base)
     import torch
 
-    from stages import checkpoint, device, gradient, loop, lora, memory, model, rows
+    from stages import device
+
+    beside = ThreadPoolExecutor(1)  # what fails in it fails again where it is needed, and says so there
+    beside.submit(device.wake)
+    from stages import checkpoint, gradient, loop, lora, memory, model, rows
 
     method, quantization, low_rank, options = read_params()
     seed = params.seed()
@@ -78,6 +84,8 @@ def main(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path) 
         with checkpoint.signals() as caught:
             every = EVERY[method] if options.checkpoint_every is None else options.checkpoint_every
             kept = checkpoint.Checkpoints(checkpoints / name, every, caught)
+            if place.type == "cuda":  # for which Python waits meanwhile; on a CPU it would only take memory earlier
+                beside.submit(plots.load)
             history = loop.fit(network, split, held_out, options, seed, kept)
     except torch.OutOfMemoryError:
         history = None  # the error holds what fit had in memory, until this clause is left

@@ -214,7 +214,8 @@ def test_matplotlib_is_loaded_where_it_draws_and_nowhere_else():
 
 def test_matplotlib_says_nothing_of_its_caches(tables, tmp_path):
     code = (
-        "from pathlib import Path; from stages import plots; plots.draw(plots.TEST, Path('positions.csv'), Path('a'))"
+        "from pathlib import Path; from stages import plots; plots.load()\n"
+        "plots.draw(plots.TEST, Path('positions.csv'), Path('a'))"
     )
     # A folder that cannot be made: matplotlib warns that it makes its cache elsewhere.
     variables = os.environ | {"MPLCONFIGDIR": os.devnull, "PYTHONPATH": str(tiny.ROOT)}
