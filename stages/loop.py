@@ -154,13 +154,10 @@ def fit(
             bar.update()
             validate = step * options.validations // steps > (step - 1) * options.validations // steps
             if validate or step % LOOK_EVERY == 0:
-                check_finite(state.losses[-LOOK_EVERY:], step)
-                lowest_norm, norms = check_norms(norms, lowest_norm, step), []
-                speed = history.tokens / (history.seconds + time.perf_counter() - started)
-                bar.set_postfix_str(f"loss {float(loss) / state.counts[-1]:.4f} nats/token, {speed:,.0f} tokens/s")
+                lowest_norm, norms = look(state, norms, lowest_norm, started, bar), []
             if validate:
-                train_loss = state.take_train_loss()
                 history.seconds += time.perf_counter() - started
+                train_loss = state.take_train_loss()
                 bar.clear()
                 with add.between():
                     label = f"validation at step {step}"
@@ -173,6 +170,7 @@ def fit(
                 started = time.perf_counter()
             stopping = bool(checkpoints and checkpoints.caught)
             if checkpoints and checkpoints.due(step, stopping):
+                lowest_norm, norms = look(state, norms, lowest_norm, started, bar), []  # or a run would go on from NaN
                 history.seconds += time.perf_counter() - started
                 started = time.perf_counter()
                 record = {"counts": state.counts, "history": asdict(history)}
@@ -219,6 +217,23 @@ def take_step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=add.shape is None)  # a recorded step adds to the gradients where they are
     return loss, norm
+
+
+def look(state: State, norms: list[torch.Tensor], lowest_norm: float, started: float, bar: tqdm) -> float:
+    """Wait for the steps so far, check and show how they went; return the lowest norm of a gradient that was usual.
+
+    Args:
+        norms: of the steps that no look has seen, if there are any.
+        started: when training began, or went on after a validation or a checkpoint.
+    """
+    if not norms:
+        return lowest_norm
+    check_finite(state.losses[-len(norms) :], state.step)
+    lowest_norm = check_norms(norms, lowest_norm, state.step)
+    loss = float(state.losses[-1]) / state.counts[-1]
+    speed = state.history.tokens / (state.history.seconds + time.perf_counter() - started)
+    bar.set_postfix_str(f"loss {loss:.4f} nats/token, {speed:,.0f} tokens/s")
+    return lowest_norm
 
 
 def accumulate(add: gradient.Gradient, train: Rows, places: np.ndarray, batch_size: int) -> torch.Tensor:

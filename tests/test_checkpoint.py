@@ -555,7 +555,7 @@ def test_a_gradient_that_explodes_is_warned_of(capsys):
 @pytest.mark.parametrize(
     ("norm", "said"),
     [
-        (500.0, "warning: the gradient explodes: norm 500 near step 20, 1 before"),
+        (500.0, "warning: the gradient explodes: norm 500 near step 14, 1 before"),
         (math.inf, "the norm of the gradient is inf at step 13"),
     ],
 )
@@ -565,6 +565,14 @@ def test_training_looks_at_the_norms_of_its_gradients(workplace, monkeypatch, no
     norms = iter([1.0] * 12 + [norm] + [1.0] * 100)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(next(norms)))
     assert said in run(train.main, int(math.isinf(norm)))
+
+
+def test_no_run_goes_on_from_a_step_that_diverged(workplace, monkeypatch):
+    tiny.set_param(workplace, "train.checkpoint_every", 3)
+    norms = iter([1.0] * 5 + [math.inf] + [1.0] * 100)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(next(norms)))
+    assert "the norm of the gradient is inf at step 6" in run(train.main, 1)
+    assert {file.name[:8] for file in checkpoints()} == {"00000003"}
 
 
 @pytest.mark.parametrize("change", [0.0, 0.1, -0.1])
