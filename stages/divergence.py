@@ -1,34 +1,34 @@
 """Where training diverges: it stops at a loss or a gradient that is not finite, and warns of one that explodes."""
 
-import torch
+import math
+import statistics
 
 from stages.command import Stop, say
 
 EXPLOSION = 100  # times the lowest usual norm of the gradient: worth a warning
 
 
-def check_finite(numbers: list[torch.Tensor], step: int, what: str = "loss") -> None:
+def check_finite(numbers: list[float], step: int, what: str = "loss") -> None:
     """Stop at the first loss that is not finite; `numbers` are those of the last steps up to `step`."""
-    finite = torch.isfinite(torch.stack(numbers)).tolist()
-    if not all(finite):
-        bad = step - len(numbers) + 1 + finite.index(False)
-        raise diverged(what, float(numbers[finite.index(False)]), bad)
+    for place, number in enumerate(numbers, start=step - len(numbers) + 1):
+        if not math.isfinite(number):
+            raise diverged(what, number, place)
 
 
-def check_norms(norms: list[torch.Tensor], lowest: float, step: int) -> float:
+def check_norms(norms: list[float], lowest: float, step: int) -> float:
     """Stop at a gradient that is not finite, warn of one that explodes; return the lowest usual norm so far.
 
     Args:
         norms: of the last steps up to `step`, before clipping; their median is what was usual among them.
     """
     check_finite(norms, step, "norm of the gradient")
-    largest = float(max(norms))
+    largest = max(norms)
     if largest > EXPLOSION * lowest:
         say(
             f"train: warning: the gradient explodes: norm {largest:.3g} near step {step}, {lowest:.3g} before: lower "
             "train.learning_rate or raise train.warmup_fraction"
         )
-    return min(lowest, float(torch.stack(norms).median()))
+    return min(lowest, statistics.median_low(norms))
 
 
 def diverged(what: str, found: float, step: int) -> Stop:

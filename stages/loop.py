@@ -228,11 +228,11 @@ def look(state: State, norms: list[torch.Tensor], lowest_norm: float, started: f
     """
     if not norms:
         return lowest_norm
-    check_finite(state.losses[-len(norms) :], state.step)
-    lowest_norm = check_norms(norms, lowest_norm, state.step)
-    loss = float(state.losses[-1]) / state.counts[-1]
+    losses, found = torch.stack([*state.losses[-len(norms) :], *norms]).view(2, -1).tolist()  # a device is asked once
+    check_finite(losses, state.step)
+    lowest_norm = check_norms(found, lowest_norm, state.step)
     speed = state.history.tokens / (state.history.seconds + time.perf_counter() - started)
-    bar.set_postfix_str(f"loss {loss:.4f} nats/token, {speed:,.0f} tokens/s")
+    bar.set_postfix_str(f"loss {losses[-1] / state.counts[-1]:.4f} nats/token, {speed:,.0f} tokens/s")
     return lowest_norm
 
 

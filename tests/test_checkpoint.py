@@ -537,17 +537,17 @@ def stages_of(parent: int) -> list[int]:
 
 
 def test_a_gradient_that_is_not_finite_stops_with_its_step():
-    norms = [torch.tensor(1.0), torch.tensor(math.inf), torch.tensor(1.0)]
+    norms = [1.0, math.inf, 1.0]
     with pytest.raises(Stop, match=r"the norm of the gradient is inf at step 19: lower train.learning_rate"):
         divergence.check_norms(norms, math.inf, 20)
 
 
 def test_a_gradient_that_explodes_is_warned_of(capsys):
-    lowest = divergence.check_norms([torch.tensor(2.0), torch.tensor(3.0), torch.tensor(100.0)], math.inf, 10)
+    lowest = divergence.check_norms([2.0, 3.0, 100.0], math.inf, 10)
     assert lowest == 3.0
-    assert divergence.check_norms([torch.tensor(290.0)], lowest, 20) == 3.0
+    assert divergence.check_norms([290.0], lowest, 20) == 3.0
     assert capsys.readouterr().out == ""
-    assert divergence.check_norms([torch.tensor(310.0)], lowest, 30) == 3.0
+    assert divergence.check_norms([310.0], lowest, 30) == 3.0
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("train: warning: the gradient explodes: norm 310 near step 30, 3 before: lower train.learn")
 

@@ -382,9 +382,9 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(tiny_model):
 
 @pytest.mark.parametrize("place", [1, 2, 3, 4, 11])
 def test_the_step_named_is_the_first_whose_loss_is_not_finite(place):
-    losses = [torch.tensor(1.0) for _ in range(12)]
-    losses[place] = torch.tensor(math.inf)
-    losses[11] = torch.tensor(math.nan)
+    losses = [1.0] * 12
+    losses[place] = math.inf
+    losses[11] = math.nan
     with pytest.raises(Stop, match=rf"the loss is {'nan' if place == 11 else 'inf'} at step {9 + place}:"):
         divergence.check_finite(losses, 20)
     divergence.check_finite(losses[:place], 20)
