@@ -16,7 +16,7 @@ def describe(device: torch.device) -> str:
 
 
 def wake() -> None:
-    """Have a GPU's driver ready for the first computation, for which it takes a second."""
+    """Have a GPU's driver ready for the first computation, for which it takes half a second."""
     torch.zeros(1, device=pick_device())
 
 

@@ -101,7 +101,7 @@ class State:
 
     def take_train_loss(self) -> float:
         """Return the mean loss a token since the last validation, nats, and begin anew."""
-        mean = sum(map(float, self.losses)) / sum(self.counts)
+        mean = sum(torch.stack(self.losses).tolist()) / sum(self.counts)
         self.losses, self.counts = [], []
         return mean
 
