@@ -154,19 +154,19 @@ def recorded(
         for _ in range(3):
             add(inputs, targets, count)
     torch.cuda.current_stream(device).wait_stream(aside)
+    trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    take_gradients(trained)  # what is recorded makes its own: that takes no sum, and not the memory of two
     torch.cuda.empty_cache()
-    for parameter in model.parameters():
-        if parameter.grad is not None:
-            parameter.grad = torch.zeros_like(parameter)  # the old one holds on to a larger piece of memory around it
     graph, pool = torch.cuda.CUDAGraph(), torch.cuda.MemPool()
     with torch.cuda.graph(graph, pool.id, aside):  # cuBLAS holds memory for each stream that it works on
         nll = add(inputs, targets, count)
+    own = take_gradients(trained)
     torch.cuda.set_rng_state(random, device)
 
     def replay(*given: torch.Tensor) -> torch.Tensor:
         for place, value in zip((inputs, targets, count), given, strict=True):
             place.copy_(value)
-        graph.replay()
+        add_up(trained, own, graph.replay)
         return nll
 
     @contextlib.contextmanager
@@ -178,6 +178,26 @@ def recorded(
         usual.wait_stream(aside)
 
     return replay, between
+
+
+def add_up(trained: list[torch.Tensor], own: list[torch.Tensor], write: Callable[[], None]) -> None:
+    """Have `write` put gradients into `own`, and add them to what the parameters have: nothing, `own`, or others."""
+    before = take_gradients(trained)
+    if before[0] is own[0]:
+        before = [each.clone() for each in own]
+    write()
+    if before[0] is not None:
+        torch._foreach_add_(before, own)
+    for parameter, each in zip(trained, own if before[0] is None else before, strict=True):
+        parameter.grad = each
+
+
+def take_gradients(trained: list[torch.Tensor]) -> list[torch.Tensor | None]:
+    """Return the parameters' gradients, None where there is none, and leave them without."""
+    taken = [parameter.grad for parameter in trained]
+    for parameter in trained:
+        parameter.grad = None
+    return taken
 
 
 def compile_layers(model: torch.nn.Module) -> None:

@@ -3,7 +3,8 @@
 import itertools
 import math
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +21,7 @@ from stages.scoring import batch, check_head
 if TYPE_CHECKING:
     from stages.checkpoint import Checkpoints
 
-LOOK_EVERY = 10  # steps between reading the loss back from the device, which waits for it
+LOOK_EVERY = 10  # steps between reading losses back from the device, for which Python waits
 
 
 @dataclass
@@ -92,10 +93,13 @@ class State:
     best_values: list[torch.Tensor]  # of the trained parameters, on the CPU
     losses: list[torch.Tensor]  # of the steps since the last validation, summed over their tokens, nats; on the device
     counts: list[int]  # those tokens
+    norms: list[torch.Tensor] = field(default_factory=list)  # of the gradient, since the last look; on the device
+    lowest_norm: float = math.inf  # of a gradient that was usual
 
-    def add(self, step: int, loss: torch.Tensor, tokens: int) -> None:
+    def add(self, step: int, loss: torch.Tensor, norm: torch.Tensor, tokens: int) -> None:
         self.step = step
         self.losses.append(loss)
+        self.norms.append(norm)
         self.counts.append(tokens)
         self.history.tokens += tokens
 
@@ -139,8 +143,6 @@ def fit(
         loss = likelihood.loss(model, validation, options.batch_size, dtype, "validation before training")
         state = State(0, History([], loss, {"validation_loss": math.inf}, 0, 0.0), [], [], [])
     history = state.history
-    norms: list[torch.Tensor] = []  # of the gradient, since the last look
-    lowest_norm = math.inf
     model.train()
     add = gradient.prepare(model, train, options.batch_size, options.compile, steps, dtype)
     started, stopping = time.perf_counter(), False
@@ -148,14 +150,16 @@ def fit(
     with tqdm(total=steps, initial=state.step, desc="train", unit="step", mininterval=0.5) as bar:
         for step, places in enumerate(order, start=state.step + 1):
             rate = learning_rate(step, steps, options)
+            # Asked before a step and read when it is begun, so that the device has work while Python reads.
+            numbers = ask(state) if state.norms and state.step % LOOK_EVERY == 0 else None
             loss, norm = take_step(optimizer, trained, add, train, places, rate, options)
-            norms.append(norm)
-            state.add(step, loss, train.targets_of(places))
+            if numbers:
+                look(state, numbers(), started, bar)
+            state.add(step, loss, norm, train.targets_of(places))
             bar.update()
             validate = step * options.validations // steps > (step - 1) * options.validations // steps
-            if validate or step % LOOK_EVERY == 0:
-                lowest_norm, norms = look(state, norms, lowest_norm, started, bar), []
             if validate:
+                look(state, ask(state)(), started, bar)
                 history.seconds += time.perf_counter() - started
                 train_loss = state.take_train_loss()
                 bar.clear()
@@ -170,7 +174,8 @@ def fit(
                 started = time.perf_counter()
             stopping = bool(checkpoints and checkpoints.caught)
             if checkpoints and checkpoints.due(step, stopping):
-                lowest_norm, norms = look(state, norms, lowest_norm, started, bar), []  # or a run would go on from NaN
+                if state.norms:  # or a run would go on from NaN
+                    look(state, ask(state)(), started, bar)
                 history.seconds += time.perf_counter() - started
                 started = time.perf_counter()
                 record = {"counts": state.counts, "history": asdict(history)}
@@ -215,25 +220,41 @@ def take_step(
     for group in optimizer.param_groups:
         group["lr"] = rate * group["ratio"]
     optimizer.step()
-    optimizer.zero_grad(set_to_none=add.shape is None)  # a recorded step adds to the gradients where they are
+    optimizer.zero_grad()
     return loss, norm
 
 
-def look(state: State, norms: list[torch.Tensor], lowest_norm: float, started: float, bar: tqdm) -> float:
-    """Wait for the steps so far, check and show how they went; return the lowest norm of a gradient that was usual.
+def ask(state: State) -> Callable[[], list[list[float]]]:
+    """Begin to bring from the device the losses and the gradients' norms of the steps that no look has seen.
+
+    Returns:
+        What waits for these steps, not for those begun since, and returns the losses and the norms.
+    """
+    numbers = torch.stack([*state.losses[-len(state.norms) :], *state.norms]).view(2, -1)
+    if numbers.device.type != "cuda":
+        return numbers.tolist
+    here, arrived = numbers.to("cpu", non_blocking=True), torch.cuda.Event()
+    arrived.record()
+
+    def wait() -> list[list[float]]:
+        arrived.synchronize()
+        return here.tolist()
+
+    return wait
+
+
+def look(state: State, numbers: list[list[float]], started: float, bar: tqdm) -> None:
+    """Check and show how the last steps went.
 
     Args:
-        norms: of the steps that no look has seen, if there are any.
+        numbers: what `ask` brought: the losses of the last steps up to `state.step`, and the norms.
         started: when training began, or went on after a validation or a checkpoint.
     """
-    if not norms:
-        return lowest_norm
-    losses, found = torch.stack([*state.losses[-len(norms) :], *norms]).view(2, -1).tolist()  # a device is asked once
+    losses, norms = numbers
     check_finite(losses, state.step)
-    lowest_norm = check_norms(found, lowest_norm, state.step)
+    state.lowest_norm, state.norms = check_norms(norms, state.lowest_norm, state.step), []
     speed = state.history.tokens / (state.history.seconds + time.perf_counter() - started)
     bar.set_postfix_str(f"loss {losses[-1] / state.counts[-1]:.4f} nats/token, {speed:,.0f} tokens/s")
-    return lowest_norm
 
 
 def accumulate(add: gradient.Gradient, train: Rows, places: np.ndarray, batch_size: int) -> torch.Tensor:

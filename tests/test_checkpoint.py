@@ -567,6 +567,20 @@ def test_training_looks_at_the_norms_of_its_gradients(workplace, monkeypatch, no
     assert said in run(train.main, int(math.isinf(norm)))
 
 
+def test_a_look_at_ten_steps_comes_when_the_next_one_is_begun(workplace, monkeypatch):
+    for key, value in {"train.epochs": 4, "train.validations": 1, "train.checkpoint_every": 0}.items():
+        tiny.set_param(workplace, key, value)
+    taken = []
+
+    def norm(*_):
+        taken.append(math.inf if len(taken) + 1 == 17 else 1.0)
+        return torch.tensor(taken[-1])
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", norm)
+    assert "the norm of the gradient is inf at step 17" in run(train.main, 1)
+    assert len(taken) == 21
+
+
 def test_no_run_goes_on_from_a_step_that_diverged(workplace, monkeypatch):
     tiny.set_param(workplace, "train.checkpoint_every", 3)
     norms = iter([1.0] * 5 + [math.inf] + [1.0] * 100)

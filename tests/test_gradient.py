@@ -180,6 +180,20 @@ def test_rows_that_fill_a_batch_up_change_nothing(tiny_model):
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-6)
 
 
+def test_what_is_written_over_and_over_adds_up():
+    trained, own = [torch.nn.Parameter(torch.zeros(size)) for size in (2, 3)], [torch.zeros(size) for size in (2, 3)]
+    written = torch.tensor([1.0, 2.0, 4.0])
+    for _ in range(2):  # steps
+        for parameter in trained:
+            parameter.grad = None
+        for count in range(1, 4):  # batches
+            gradient.add_up(trained, own, lambda number=written[count - 1]: [each.fill_(number) for each in own])
+            for parameter in trained:
+                assert torch.equal(parameter.grad, torch.full_like(parameter, float(written[:count].sum())))
+            if count == 1:  # a step of one batch takes no copy
+                assert all(parameter.grad is each for parameter, each in zip(trained, own, strict=True))
+
+
 @on_gpu
 @pytest.mark.parametrize("compiled", ["never", "always"])
 @pytest.mark.parametrize("changes", [{}, {"bits": 8}, {"bits": 4}, {"use_dora": True}, {"quantization": NF4}], ids=str)
