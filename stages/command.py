@@ -90,7 +90,7 @@ def collect_less() -> None:
 
     There is next to none, and to look through all that importing torch leaves takes seconds of every run.
     """
-    gc.set_threshold(50_000, 20, 100)
+    gc.set_threshold(50_000, 200, 100)
     atexit.register(gc.freeze)
 
 
