@@ -40,6 +40,8 @@ _ending: list[threading.Thread] = []  # those that end helpers of the compiler
 class Gradient:
     """What adds the gradient of a batch's mean loss to the parameters' own, and returns its summed loss, nats.
 
+    Between steps these are to be None: to add to zeros costs time and memory.
+
     Its arguments are inputs and targets, both (rows, tokens) int64, and the number of tokens to divide the loss by.
     """
 
@@ -155,18 +157,19 @@ def recorded(
             add(inputs, targets, count)
     torch.cuda.current_stream(device).wait_stream(aside)
     trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    take_gradients(trained)  # what is recorded makes its own: that takes no sum, and not the memory of two
+    model.zero_grad()  # with nothing to add to, what is recorded hands its gradients over: no sums, no second memory
     torch.cuda.empty_cache()
     graph, pool = torch.cuda.CUDAGraph(), torch.cuda.MemPool()
     with torch.cuda.graph(graph, pool.id, aside):  # cuBLAS holds memory for each stream that it works on
         nll = add(inputs, targets, count)
-    own = take_gradients(trained)
+    written = [parameter.grad for parameter in trained]
+    model.zero_grad()
     torch.cuda.set_rng_state(random, device)
 
     def replay(*given: torch.Tensor) -> torch.Tensor:
         for place, value in zip((inputs, targets, count), given, strict=True):
             place.copy_(value)
-        add_up(trained, own, graph.replay)
+        add_up(trained, written, graph.replay)
         return nll
 
     @contextlib.contextmanager
@@ -180,24 +183,19 @@ def recorded(
     return replay, between
 
 
-def add_up(trained: list[torch.Tensor], own: list[torch.Tensor], write: Callable[[], None]) -> None:
-    """Have `write` put gradients into `own`, and add them to what the parameters have: nothing, `own`, or others."""
-    before = take_gradients(trained)
-    if before[0] is own[0]:
-        before = [each.clone() for each in own]
+def add_up(trained: list[torch.Tensor], written: list[torch.Tensor], write: Callable[[], None]) -> None:
+    """Call `write`, which writes a batch's gradients over those in `written`, and add them to the parameters' own.
+
+    All parameters have one, or none has: then they get what is `written`, until the next call.
+    """
+    before = [parameter.grad for parameter in trained]
+    if before[0] is written[0]:
+        before = [each.clone() for each in written]
     write()
     if before[0] is not None:
-        torch._foreach_add_(before, own)
-    for parameter, each in zip(trained, own if before[0] is None else before, strict=True):
+        torch._foreach_add_(before, written)
+    for parameter, each in zip(trained, written if before[0] is None else before, strict=True):
         parameter.grad = each
-
-
-def take_gradients(trained: list[torch.Tensor]) -> list[torch.Tensor | None]:
-    """Return the parameters' gradients, None where there is none, and leave them without."""
-    taken = [parameter.grad for parameter in trained]
-    for parameter in trained:
-        parameter.grad = None
-    return taken
 
 
 def compile_layers(model: torch.nn.Module) -> None:

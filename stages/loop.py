@@ -21,7 +21,7 @@ from stages.scoring import batch, check_head
 if TYPE_CHECKING:
     from stages.checkpoint import Checkpoints
 
-LOOK_EVERY = 10  # steps between reading losses back from the device, for which Python waits
+LOOK_EVERY = 10  # steps between two looks, each of which waits for the device
 
 
 @dataclass
@@ -154,12 +154,12 @@ def fit(
             numbers = ask(state) if state.norms and state.step % LOOK_EVERY == 0 else None
             loss, norm = take_step(optimizer, trained, add, train, places, rate, options)
             if numbers:
-                look(state, numbers(), started, bar)
+                look(state, numbers, started, bar)
             state.add(step, loss, norm, train.targets_of(places))
             bar.update()
             validate = step * options.validations // steps > (step - 1) * options.validations // steps
             if validate:
-                look(state, ask(state)(), started, bar)
+                look(state, ask(state), started, bar)
                 history.seconds += time.perf_counter() - started
                 train_loss = state.take_train_loss()
                 bar.clear()
@@ -175,7 +175,7 @@ def fit(
             stopping = bool(checkpoints and checkpoints.caught)
             if checkpoints and checkpoints.due(step, stopping):
                 if state.norms:  # or a run would go on from NaN
-                    look(state, ask(state)(), started, bar)
+                    look(state, ask(state), started, bar)
                 history.seconds += time.perf_counter() - started
                 started = time.perf_counter()
                 record = {"counts": state.counts, "history": asdict(history)}
@@ -224,36 +224,41 @@ def take_step(
     return loss, norm
 
 
-def ask(state: State) -> Callable[[], list[list[float]]]:
+def ask(state: State) -> Callable[[], tuple[list[float], list[float], float]]:
     """Begin to bring from the device the losses and the gradients' norms of the steps that no look has seen.
 
     Returns:
-        What waits for these steps, not for those begun since, and returns the losses and the norms.
+        What waits for these steps, not for those begun since, and returns the losses, the norms, and the time at which
+        they were there.
     """
     numbers = torch.stack([*state.losses[-len(state.norms) :], *state.norms]).view(2, -1)
     if numbers.device.type != "cuda":
-        return numbers.tolist
-    here, arrived = numbers.to("cpu", non_blocking=True), torch.cuda.Event()
+        found = (*numbers.tolist(), time.perf_counter())
+        return lambda: found
+    here, arrived = numbers.to("cpu", non_blocking=True), torch.cuda.Event()  # into pinned memory: Python goes on
     arrived.record()
 
-    def wait() -> list[list[float]]:
+    def wait() -> tuple[list[float], list[float], float]:
         arrived.synchronize()
-        return here.tolist()
+        return (*here.tolist(), time.perf_counter())
 
     return wait
 
 
-def look(state: State, numbers: list[list[float]], started: float, bar: tqdm) -> None:
-    """Check and show how the last steps went.
+def look(state: State, numbers: Callable, started: float, bar: tqdm) -> None:
+    """Check and show how the steps up to `state.step` went that no look has seen.
 
     Args:
-        numbers: what `ask` brought: the losses of the last steps up to `state.step`, and the norms.
+        numbers: what `ask` returned; no step has been added to `state` since.
         started: when training began, or went on after a validation or a checkpoint.
+
+    Raises:
+        Stop: one of them diverged.
     """
-    losses, norms = numbers
+    losses, norms, now = numbers()
     check_finite(losses, state.step)
     state.lowest_norm, state.norms = check_norms(norms, state.lowest_norm, state.step), []
-    speed = state.history.tokens / (state.history.seconds + time.perf_counter() - started)
+    speed = state.history.tokens / (state.history.seconds + now - started)
     bar.set_postfix_str(f"loss {losses[-1] / state.counts[-1]:.4f} nats/token, {speed:,.0f} tokens/s")
 
 

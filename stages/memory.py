@@ -54,6 +54,7 @@ def measure(model: torch.nn.Module, train: "Rows", dtype: torch.dtype) -> tuple[
     longest = np.array([train.lengths.argmax()])
     model.train()  # a validation that ran out of memory has left it in evaluation mode
     gradient.wait_for_helpers()
+    model.zero_grad()  # what a recorded step left keeps that step's memory from all others
     torch.cuda.empty_cache()
     room = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
     add = gradient.plain(model, dtype)

@@ -59,9 +59,7 @@ def adapted(folder, quantization=None, dropout=0.0, **changes) -> torch.nn.Modul
 
 def results(network, add: gradient.Gradient, split: rows.Rows, batch_size=4) -> tuple[float, list[torch.Tensor]]:
     """Return the loss of one step over all rows, and the gradients it leaves."""
-    for parameter in network.parameters():
-        if parameter.grad is not None:
-            parameter.grad.zero_()
+    network.zero_grad()
     nll = float(loop.accumulate(add, split, np.arange(len(split)), batch_size))
     return nll, [parameter.grad.clone() for parameter in network.parameters() if parameter.requires_grad]
 
@@ -181,17 +179,17 @@ def test_rows_that_fill_a_batch_up_change_nothing(tiny_model):
 
 
 def test_what_is_written_over_and_over_adds_up():
-    trained, own = [torch.nn.Parameter(torch.zeros(size)) for size in (2, 3)], [torch.zeros(size) for size in (2, 3)]
-    written = torch.tensor([1.0, 2.0, 4.0])
+    trained = [torch.nn.Parameter(torch.zeros(size)) for size in (2, 3)]
+    written = [torch.zeros(size) for size in (2, 3)]
     for _ in range(2):  # steps
         for parameter in trained:
             parameter.grad = None
-        for count in range(1, 4):  # batches
-            gradient.add_up(trained, own, lambda number=written[count - 1]: [each.fill_(number) for each in own])
+        for number, total in ((1.0, 1.0), (2.0, 3.0), (4.0, 7.0)):  # batches
+            gradient.add_up(trained, written, lambda number=number: [each.fill_(number) for each in written])
             for parameter in trained:
-                assert torch.equal(parameter.grad, torch.full_like(parameter, float(written[:count].sum())))
-            if count == 1:  # a step of one batch takes no copy
-                assert all(parameter.grad is each for parameter, each in zip(trained, own, strict=True))
+                assert torch.equal(parameter.grad, torch.full_like(parameter, total))
+            if number == 1.0:  # a step of one batch takes no copy
+                assert all(parameter.grad is each for parameter, each in zip(trained, written, strict=True))
 
 
 @on_gpu
@@ -264,6 +262,20 @@ def test_too_little_memory_names_a_batch_that_fits(tiny_model, tmp_path, monkeyp
     workspace.write_params(tmp_path, settings | {"train.batch_size": batch_size, "train.accumulation_steps": steps})
     assert CliRunner().invoke(train.main).exit_code == 0
     assert taken.numel() > 0
+
+
+@on_gpu
+def test_a_look_sees_the_steps_before_it_and_not_what_was_begun_since():
+    large = torch.randn(8192, 8192, device=DEVICE)
+    state = loop.State(2, loop.History([], 0.0, {}, 0, 0.0), [], [], [])
+    for step in (1, 2):
+        state.add(step, torch.full((), float(step), device=DEVICE), (large @ large)[0, 0], 1)
+    numbers = loop.ask(state)
+    for _ in range(100):
+        large = large @ large
+    losses, norms, _ = numbers()
+    assert not torch.cuda.current_stream().query()  # still at work
+    assert (losses, norms) == ([1.0, 2.0], [float(norm) for norm in state.norms])
 
 
 # Attention
