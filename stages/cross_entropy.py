@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 IGNORED = -100  # as a target: not scored
-CHUNKS = {"cuda": 2048, "cpu": 512}  # tokens
+CHUNKS = {"cuda": 2048, "cpu": 256}  # tokens; on a CPU, what fits its cache
+MULTIPLES = {"cuda": 64, "cpu": 1}  # of which a GPU wants the rows of the head, or its matrix products are slow
 
 
 def to_probabilities(
@@ -42,8 +43,9 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, states, weight, targets, dtype, softmax=to_probabilities):
         exact = torch.promote_types(dtype, torch.float32)
         vocabulary = len(weight)
-        # A multiple of 64 rows, or matrix products on a GPU take a slow path.
-        head = F.pad(weight.to(dtype), (0, 0, 0, -vocabulary % 64))
+        head, missing = weight.to(dtype), -vocabulary % MULTIPLES[states.device.type]
+        if missing:
+            head = F.pad(head, (0, 0, 0, missing))
         chunk = CHUNKS[states.device.type]
         nll = torch.zeros((), dtype=exact, device=states.device)
         needs_states, needs_weight = ctx.needs_input_grad[:2]

@@ -64,7 +64,7 @@ def keep(x: torch.Tensor, share: float) -> torch.Tensor:
     # A CPU draws one number after the other: one of 64 bits does for four values, three times as fast as `bernoulli_`.
     # A mask of floats multiplies eight times as fast as one of bools.
     drawn = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-    return (drawn[: x.numel()] >= round(share * 2**16) - 2**15).view(x.shape).to(x.dtype)
+    return drawn[: x.numel()].ge_(round(share * 2**16) - 2**15).view(x.shape).to(x.dtype)  # in place: half the time
 
 
 def hashed(x: torch.Tensor, share: float) -> torch.Tensor:

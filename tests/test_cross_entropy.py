@@ -23,9 +23,11 @@ def plain(states, weight, targets):
     return F.cross_entropy(states @ weight.T, targets, ignore_index=IGNORED, reduction="sum")
 
 
+@pytest.mark.parametrize("multiple", [1, 64])
 @pytest.mark.parametrize("chunk", [1, 7, 43, 100])
-def test_value_and_gradients_are_those_of_the_plain_form(monkeypatch, chunk):
+def test_value_and_gradients_are_those_of_the_plain_form(monkeypatch, chunk, multiple):
     monkeypatch.setitem(cross_entropy.CHUNKS, "cpu", chunk)
+    monkeypatch.setitem(cross_entropy.MULTIPLES, "cpu", multiple)
     found, expected = inputs(), inputs()
     ours, theirs = LinearCrossEntropy.apply(*found, torch.float64), plain(*expected)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
@@ -68,8 +70,10 @@ def test_all_ignored_is_nothing():
     assert not states.grad.any()
 
 
-def test_no_more_than_a_chunk_of_logits_is_ever_held(monkeypatch):
+@pytest.mark.parametrize("multiple", [1, 64])
+def test_no_more_than_a_chunk_of_logits_is_ever_held(monkeypatch, multiple):
     monkeypatch.setitem(cross_entropy.CHUNKS, "cpu", 4)
+    monkeypatch.setitem(cross_entropy.MULTIPLES, "cpu", multiple)
     sizes = []
 
     class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
@@ -82,5 +86,5 @@ def test_no_more_than_a_chunk_of_logits_is_ever_held(monkeypatch):
     weight.requires_grad_(False)
     with Recorder():
         LinearCrossEntropy.apply(states, weight, targets, torch.float64).backward()
-    padded = VOCABULARY + -VOCABULARY % 64
+    padded = VOCABULARY + -VOCABULARY % multiple
     assert max(sizes) == max(padded * WIDTH, 4 * padded) < TOKENS * VOCABULARY
