@@ -26,7 +26,7 @@ lock: $(INSTALLED)
 	@$(BIN)/python tools/lock.py
 
 gate: $(INSTALLED)
-	@$(BIN)/python tools/gate.py
+	@$(BIN)/python tools/published_perplexity.py
 
 bench: $(INSTALLED)
 	@$(BIN)/python -m benchmarks.train

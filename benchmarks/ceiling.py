@@ -6,7 +6,7 @@ import time
 import click
 import torch
 
-from stages import device
+from gpt2lora.model import device
 
 TIMES, SECONDS = 10, 0.4  # measured so often for so long; the best counts: others may use the machine, too
 SIZES = {"cuda": 8192, "cpu": 2048}

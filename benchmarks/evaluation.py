@@ -16,8 +16,11 @@ from pathlib import Path
 import click
 import numpy as np
 
-from stages import params, protocols, windows
-from stages.command import Stop, need, say, stage
+from gpt2lora.evaluation import protocols
+from gpt2lora.pipeline import params
+from gpt2lora.pipeline.artifacts import need
+from gpt2lora.pipeline.cli import Stop, say, stage
+from gpt2lora.scoring import windows
 
 
 @dataclass
@@ -45,8 +48,9 @@ def main(folder: Path, text: Path, stride: int, count: int | None, batch_size: i
     say("loading torch and transformers")
     from transformers import AutoConfig
 
-    from stages import device
-    from stages.tokenize import choose_block_size, encode, load_tokenizer
+    from gpt2lora.dataset.tokenizer import encode, load_tokenizer
+    from gpt2lora.model import device
+    from stages.tokenize import choose_block_size
 
     need(folder / "tokenizer.json", "base")
     context = choose_block_size(None, AutoConfig.from_pretrained(folder, local_files_only=True).to_dict())
@@ -73,8 +77,8 @@ def main(folder: Path, text: Path, stride: int, count: int | None, batch_size: i
 
 
 def run_ours(folder: Path, laid: windows.Windows, batch_size: int | None, dtype, place) -> Run:
-    from stages.likelihood import likelihood
-    from stages.model import load_base
+    from gpt2lora.model.loading import load_base
+    from gpt2lora.scoring.log_likelihood import likelihood
 
     model = load_base(folder, None, dtype)
     some = batch_size or 32

@@ -13,7 +13,8 @@ import click
 
 from benchmarks import random_inputs, workspace
 from benchmarks.train import run
-from stages.command import Stop, say, stage, whole
+from gpt2lora.pipeline.artifacts import whole
+from gpt2lora.pipeline.cli import Stop, say, stage
 
 FIGURES = ("tokens_per_second", "peak_memory_bytes")
 FIXED = {

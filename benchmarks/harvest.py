@@ -17,12 +17,15 @@ from pathlib import Path
 import click
 
 from benchmarks import markup
-from stages import articles, docstrings, prepare
-from stages.command import Stop, say, stage, whole
+from gpt2lora.dataset import articles
+from gpt2lora.pipeline.artifacts import whole
+from gpt2lora.pipeline.cli import Stop, say, stage
+from gpt2lora.sample import corpus
+from stages import prepare
 
 VALIDATION_SHARE, TEST_SHARE = 0.01, 0.01  # of the documents
 # Tests and tables say little in prose; packages of other people, which the sample leaves out, are the bulk here.
-SKIPPED = docstrings.SKIPPED - {"site-packages", "dist-packages"} | {"__pycache__", ".git"}
+SKIPPED = corpus.SKIPPED - {"site-packages", "dist-packages"} | {"__pycache__", ".git"}
 MAN_PAGE = re.compile(r"/man/man\d\w*/[^/]+$")  # those of other languages lie in man/LANGUAGE/man1
 PLAIN = re.compile(r"\.(rst|md|txt|info|info-\d+)$|/share/doc/[^/]+/(README|NEWS|FAQ|copyright)[^/]*$")
 LARGEST_FILE = 10_000_000  # bytes; what is larger is a table

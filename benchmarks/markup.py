@@ -4,7 +4,7 @@ import ast
 import email
 import re
 
-from stages.docstrings import DOCUMENTED
+from gpt2lora.sample.corpus import DOCUMENTED
 
 ROLE = re.compile(r":[\w:+.-]+:`([^`<]*?)(?:\s*<[^`>]*>)?`")
 LINK = re.compile(r"!?\[([^\]]*)\]\([^)]*\)")

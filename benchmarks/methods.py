@@ -21,7 +21,8 @@ import click
 
 from benchmarks import grid, tables, workspace
 from benchmarks.grid import Run
-from stages.command import Stop, say, stage, whole
+from gpt2lora.pipeline.artifacts import whole
+from gpt2lora.pipeline.cli import Stop, say, stage
 
 RECORDS, TABLES, CONDITIONS = "runs.jsonl", "methods.md", "conditions.json"
 FIGURES = ("train", "train_timings", "eval")  # the files of metrics/ that a record holds

@@ -16,8 +16,8 @@ from pathlib import Path  # noqa: E402
 
 import click  # noqa: E402
 
-from stages import params  # noqa: E402
-from stages.command import Stop, stage  # noqa: E402
+from gpt2lora.pipeline import params  # noqa: E402
+from gpt2lora.pipeline.cli import Stop, stage  # noqa: E402
 
 
 @stage
@@ -49,10 +49,13 @@ def main(
     import numpy as np
     import torch
 
-    from stages import device, loop, lora, model, rows
+    from gpt2lora.dataset import blocks
+    from gpt2lora.model import device, lora
+    from gpt2lora.model.quantization import Quantization
+    from gpt2lora.training import config, loop
     from stages.train import build
 
-    options = params.section("train", loop.Train)
+    options = params.section("train", config.Train)
     options = replace(options, epochs=1, batch_size=batch_size, accumulation_steps=1, validations=1)
     if options.compile == "auto":
         # So do three epochs of WikiText-2 with GPT-2 124M; these few steps alone would not.
@@ -69,18 +72,18 @@ def main(
     if precision is not None:
         options = replace(options, precision=precision)
 
-    split = rows.load(tokens, "train")
+    split = blocks.load(tokens, "train")
     full = np.flatnonzero(split.lengths >= split.ids.shape[1] - 1)[: steps * batch_size]  # as the peer chooses them
     if len(full) < steps * batch_size:
         raise Stop(f"--tokens {tokens}: {len(full)} full rows, expected {steps} steps of {batch_size}")
-    train = rows.Rows(split.ids[full], split.lengths[full])
+    train = blocks.Rows(split.ids[full], split.lengths[full])
 
     place = device.pick_device()
     dtype = device.compute_dtype(options.precision, place)
     torch.manual_seed(0)
-    quantization = params.section("methods.qlora", model.Quantization) if method == "qlora" else None
+    quantization = params.section("methods.qlora", Quantization) if method == "qlora" else None
     network, _ = build(base, method, quantization, low_rank, dtype)
-    validation = rows.load(tokens, "validation")
+    validation = blocks.load(tokens, "validation")
     times = watch(loop, place, {1, warmup, steps})
     history = loop.fit(network, train, validation, options, 0)
     if len(times) != steps:

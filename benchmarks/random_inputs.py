@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from stages.command import MANIFEST, digests, whole
+from gpt2lora.pipeline.artifacts import MANIFEST, digests, whole
 
 # layers, width, heads, positions, vocabulary: GPT-2's own (Radford et al., 2019), and that of the embedded sample
 SIZES = {
@@ -34,17 +34,17 @@ def tokens(folder: Path, base: Path, block_size: int, count: int) -> Path:
     """Return a folder of token arrays for the model `base`: `count` rows to train on, and 10 % to validate."""
     import numpy as np
 
-    from stages import rows
+    from gpt2lora.dataset import blocks
 
     vocabulary = json.loads((base / "config.json").read_text())["vocab_size"]
     target = folder / f"tokens-{vocabulary}-{block_size}-{count}"
     if not target.exists():
-        random, dtype = np.random.default_rng(0), rows.id_type(vocabulary)
+        random, dtype = np.random.default_rng(0), blocks.id_type(vocabulary)
         with whole(target) as new:
             new.mkdir()
             for split, number in (("train", count), ("validation", -(-count // 10))):
                 ids = random.integers(0, vocabulary, (number, block_size + 1)).astype(dtype)
-                rows.save(rows.Rows(ids, np.full(number, block_size + 1, np.int32)), new, split)
+                blocks.save(blocks.Rows(ids, np.full(number, block_size + 1, np.int32)), new, split)
     # Models of one vocabulary share the arrays; the stages want to know which of them they are for.
     manifest = {"block_size": block_size, "files": digests(target, "*.npy"), "base": digests(base), "raw": {}}
     (target / MANIFEST).write_text(json.dumps(manifest) + "\n")

@@ -11,7 +11,8 @@ from pathlib import Path
 import click
 
 from benchmarks import workspace
-from stages.command import Stop, say, stage, whole
+from gpt2lora.pipeline.artifacts import whole
+from gpt2lora.pipeline.cli import Stop, say, stage
 
 TRAINING = {"method": "full", "train.weight_decay": 0.1}
 TOKENIZER = ("tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json")

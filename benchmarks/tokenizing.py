@@ -15,7 +15,8 @@ from pathlib import Path
 import click
 
 from benchmarks import workspace
-from stages.command import Stop, need, say, stage
+from gpt2lora.pipeline.artifacts import need
+from gpt2lora.pipeline.cli import Stop, say, stage
 
 # As `python -m stages.tokenize`; at its end it writes its own peak (Linux): what wait4 tells may be its parent's.
 RUN = """

@@ -19,7 +19,8 @@ from pathlib import Path
 import click
 
 from benchmarks import random_inputs, workspace
-from stages.command import Stop, say, stage, whole
+from gpt2lora.pipeline.artifacts import whole
+from gpt2lora.pipeline.cli import Stop, say, stage
 
 
 @dataclass(frozen=True)

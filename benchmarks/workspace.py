@@ -11,7 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from stages.command import Stop, digests, file_digest
+from gpt2lora.pipeline.artifacts import digests, file_digest
+from gpt2lora.pipeline.cli import Stop
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
@@ -111,7 +112,7 @@ def cards() -> list[str]:
 
 def environment() -> dict[str, str]:
     """Return on what the runs are made."""
-    from stages import device
+    from gpt2lora.model import device
 
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True) if shutil.which("git") else None

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import click
 
-from stages import environment, hub, params, sources
-from stages.command import MANIFEST, Stop, digests, say, stage, whole
+from gpt2lora.pipeline import environment, params
+from gpt2lora.pipeline.artifacts import MANIFEST, digests, whole
+from gpt2lora.pipeline.cli import Stop, say, stage
+from gpt2lora.sources import hub, local
+from gpt2lora.sources.hub import FILES
 
-FILES = tuple(name for name in hub.MODEL_FILES if not name.startswith("*"))  # beside the weights
 SLOW_TOKENIZERS = (("vocab.json", "merges.txt"), ("tokenizer.model",))
 POSITIONS = ("n_positions", "max_position_embeddings")  # what configurations call the longest context
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
@@ -33,11 +35,11 @@ def main(out: Path) -> None:
 
     with whole(out) as folder:
         folder.mkdir()
-        if preset.model == sources.SAMPLE:
-            from stages import sample_base
+        if preset.model == local.SAMPLE:
+            from gpt2lora.sample import model
 
-            sample_base.make(folder, seed)
-        elif source := sources.local(key, preset.model, preset.model_revision):
+            model.make(folder, seed)
+        elif source := local.local(key, preset.model, preset.model_revision):
             say(f"base: copying {source}")
             copy_model(source, folder)
         else:

@@ -14,9 +14,7 @@ out  metrics/eval.json: for base and tuned, and as the change from one to the ot
      metrics/environment.json: what each stage ran on, and how long
 """
 
-import csv
 import json
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,21 +22,20 @@ from typing import TYPE_CHECKING
 
 import click
 
-from stages import environment, params, plots, report
-from stages.command import MANIFEST, Stop, same, say, stage, whole
+from gpt2lora.evaluation import plots, report
+from gpt2lora.evaluation.metrics import counts, figures, warn, write_positions
+from gpt2lora.pipeline import environment, params
+from gpt2lora.pipeline.artifacts import MANIFEST, same, whole
+from gpt2lora.pipeline.cli import Stop, say, stage
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from stages.likelihood import Likelihood
-    from stages.model import Quantization
-    from stages.protocols import Task
-    from stages.windows import Windows
+    from gpt2lora.evaluation.protocols import Task
+    from gpt2lora.model.quantization import Quantization
+
 
 PROTOCOLS = ("native", "hf", "lm-eval")
-BUCKETS = 32  # rows of metrics/positions.csv
-LEAK = 1.5  # a perplexity that no model reaches on real text
-HIGHEST = 700.0  # nats: exp of more is, or comes near, more than a float holds
 
 
 @dataclass
@@ -78,10 +75,11 @@ def main(raw: Path, tokens: Path, base: Path, adapter: Path, out: Path, position
     """Score the test split under the base model and under the tuned one."""
     started = time.perf_counter()
     evaluate = params.section("evaluate", Evaluate)
-    from stages import protocols, rows
-    from stages.tokenize import load_tokenizer
+    from gpt2lora.dataset import blocks
+    from gpt2lora.dataset.tokenizer import load_tokenizer
+    from gpt2lora.evaluation import protocols
 
-    manifest = rows.read_manifest(tokens, base)
+    manifest = blocks.read_manifest(tokens, base)
     same(raw, manifest["raw"], tokens / MANIFEST, "prepare tokenize")
     block_size = manifest["block_size"]
     stride = choose_stride(evaluate, block_size)
@@ -91,15 +89,16 @@ def main(raw: Path, tokens: Path, base: Path, adapter: Path, out: Path, position
     if len(task.windows) == 0 or task.words == 0:
         raise Stop(f"{raw}/test.txt: nothing to score: expected a word at least, and a token to predict")
     say("evaluate: loading torch and transformers")
-    from stages import device, model, samples
-    from stages.likelihood import likelihood
+    from gpt2lora.evaluation import samples
+    from gpt2lora.model import device, loading
+    from gpt2lora.scoring.log_likelihood import likelihood
 
     dtype = device.compute_dtype(evaluate.precision, device.pick_device())
     prompts = samples.choose(text, tokenizer, block_size)
     found, scores, written = {}, {}, {}
     for name, load in (
-        ("base", lambda: model.load_base(base, None, dtype)),
-        ("tuned", lambda: model.load_tuned(base, adapter, dtype)),
+        ("base", lambda: loading.load_base(base, None, dtype)),
+        ("tuned", lambda: loading.load_tuned(base, adapter, dtype)),
     ):
         network = load()
         found[name] = likelihood(network, task.windows, evaluate.batch_size, dtype, f"test, {name}")
@@ -118,7 +117,7 @@ def main(raw: Path, tokens: Path, base: Path, adapter: Path, out: Path, position
     texts = (map(tokenizer.decode, ids) for ids in (prompts.ids, written["base"], written["tuned"]))
     makers = {"base": base, "prepare": raw, "tokenize": tokens, "train": adapter}
     records = {stage: environment.read(made, stage) for stage, made in makers.items()}
-    facts = {"method": in_words(*model.load_method(adapter)), "scored": scored(evaluate.protocol, manifest, stride)}
+    facts = {"method": in_words(*loading.load_method(adapter)), "scored": scored(evaluate.protocol, manifest, stride)}
     records["evaluate"] = environment.describe(started, **facts, precision=str(dtype).removeprefix("torch."))
     write_report(out.parent, scores, records, list(zip(*texts, strict=True)))
     say(f"evaluate: {out.parent}/report.md shows it all")
@@ -137,72 +136,14 @@ def choose_stride(evaluate: Evaluate, block_size: int) -> int:
 
 def lay_out(protocol: str, stride: int, manifest: dict, text: str, tokens: Path, tokenizer: "Tokenizer") -> "Task":
     """Return what `protocol` scores of the test split, whose text is given."""
-    from stages import protocols, rows
+    from gpt2lora.dataset import blocks
+    from gpt2lora.evaluation import protocols
 
     if protocol == "native":
-        return protocols.native(rows.load(tokens, "test"), manifest["layout"], text, tokenizer, stride)
+        return protocols.native(blocks.load(tokens, "test"), manifest["layout"], text, tokenizer, stride)
     if protocol == "hf":
         return protocols.hf(text, tokenizer, manifest["block_size"], stride)
     return protocols.lm_eval(text, tokenizer, manifest["end_of_text_id"], manifest["block_size"])
-
-
-def figures(found: "Likelihood", task: "Task") -> dict[str, float]:
-    nll = float(found.nll.sum())
-    loss = nll / len(found.nll)
-    if not math.isfinite(loss):
-        raise Stop(f"evaluate: the loss is {loss}: the model is broken; train again with a lower learning rate")
-    return {
-        "loss": loss,
-        "perplexity": math.exp(min(loss, HIGHEST)),
-        "word_perplexity": math.exp(min(nll / task.words, HIGHEST)),
-        "bits_per_byte": nll / math.log(2) / task.bytes,
-        "accuracy": float((found.ranks < 1).mean()),
-        "top5_accuracy": float((found.ranks < 5).mean()),
-    }
-
-
-def counts(task: "Task") -> dict[str, int]:
-    predicted = int(task.windows.counts.sum())
-    return {
-        "predicted_tokens": predicted,
-        "words": task.words,
-        "bytes": task.bytes,
-        "windows": len(task.windows),
-    }
-
-
-def warn(name: str, scores: dict[str, float]) -> None:
-    """Say what is odd about a model's figures."""
-    if scores["perplexity"] < LEAK:
-        say(
-            f"evaluate: warning: the {name} model's perplexity, {scores['perplexity']:.4f}, is below {LEAK}: on real "
-            "text its labels probably leak: padding is counted, or the model sees what it predicts"
-        )
-    for figure in ("perplexity", "word_perplexity"):
-        if scores[figure] == math.exp(HIGHEST):
-            say(f"evaluate: warning: the {name} model's {figure} is capped at {scores[figure]:.1e}, exp({HIGHEST:.0f})")
-
-
-def write_positions(file: Path, windows: "Windows", found: "dict[str, Likelihood]", block_size: int) -> None:
-    """Write the means of the tokens that were predicted from as many tokens, in buckets of equal width.
-
-    `position` is the smallest number of tokens that a bucket's were predicted from. Buckets without any are left out.
-    """
-    import numpy as np
-
-    buckets = min(BUCKETS, block_size)
-    places = (windows.contexts - 1) * buckets // block_size
-    tokens = np.bincount(places, minlength=buckets)
-    columns = {f"{name}_loss": scored.nll for name, scored in found.items()}
-    columns |= {f"{name}_accuracy": scored.ranks < 1 for name, scored in found.items()}
-    sums = {name: np.bincount(places, values, minlength=buckets) for name, values in columns.items()}
-    with file.open("w", newline="") as out:
-        table = csv.writer(out, lineterminator="\n")
-        table.writerow(["position", "tokens", *sums])
-        for bucket in np.flatnonzero(tokens):
-            first = -(-int(bucket) * block_size // buckets) + 1
-            means = [float(values[bucket] / tokens[bucket]) for values in sums.values()]
-            table.writerow([first, int(tokens[bucket]), *means])
 
 
 def in_words(method: str, quantization: "Quantization | None") -> str:

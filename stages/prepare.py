@@ -13,8 +13,14 @@ from pathlib import Path
 
 import click
 
-from stages import articles, docstrings, environment, hub, params, sources
-from stages.command import MANIFEST, Stop, digests, say, stage, whole
+from gpt2lora.dataset import articles
+from gpt2lora.pipeline import environment, params
+from gpt2lora.pipeline.artifacts import MANIFEST, digests, whole
+from gpt2lora.pipeline.cli import Stop, say, stage
+from gpt2lora.sample import corpus
+from gpt2lora.sources import hub, local
+from gpt2lora.sources.hub import line
+from gpt2lora.sources.local import read_text
 
 NAMES = {
     "train": ("train.txt",),
@@ -51,9 +57,9 @@ def main(out: Path) -> None:
     shares = (prepare.validation_share, prepare.test_share)
 
     say(f"prepare: reading {preset.dataset}")
-    if preset.dataset == sources.SAMPLE:
-        splits = split_articles(docstrings.articles(docstrings.package_folder(SAMPLE_PACKAGE)), *shares, seed)
-    elif source := sources.local(f"presets.{name}.dataset", preset.dataset, preset.dataset_revision):
+    if preset.dataset == local.SAMPLE:
+        splits = split_articles(corpus.articles(corpus.package_folder(SAMPLE_PACKAGE)), *shares, seed)
+    elif source := local.local(f"presets.{name}.dataset", preset.dataset, preset.dataset_revision):
         splits = read_folder(source) if source.is_dir() else split_text(source, *shares, seed)
     else:
         rows = hub.fetch_dataset(preset.dataset, preset.dataset_config, preset.dataset_revision)
@@ -71,13 +77,6 @@ def main(out: Path) -> None:
     environment.write(out, "prepare", started, dataset=preset.dataset, revision=preset.dataset_revision)
 
 
-def line(row: str) -> str:
-    """Return a row of the hub as the line it was in the release, where a blank line holds one space."""
-    if not row:
-        return " \n"
-    return row if row.endswith("\n") else row + "\n"
-
-
 def read_folder(folder: Path) -> dict[str, str]:
     return {split: read_text(find(folder, names)) for split, names in NAMES.items()}
 
@@ -87,14 +86,6 @@ def find(folder: Path, names: tuple[str, ...]) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise Stop(f"{folder}: no {' or '.join(names)}: expected train.txt, validation.txt (or valid, dev) and test.txt")
-
-
-def read_text(path: Path) -> str:
-    """Return the text of a file, every byte of it: no newline is translated."""
-    try:
-        return path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise Stop(f"{path}: not UTF-8 at byte {error.start:,}: {error.reason}; convert the file to UTF-8") from error
 
 
 def split_text(path: Path, validation_share: float, test_share: float, seed: int) -> dict[str, str]:

@@ -1,33 +1,32 @@
-"""tokenize: the corpus as token arrays, laid out in rows (stages/rows.py).
+"""tokenize: the corpus as token arrays, laid out in rows (gpt2lora/dataset/blocks.py).
 
 in   data/raw, data/base (tokenizer.json, config.json), params.yaml: tokenize.*
 out  data/tokens: {train,validation,test}.npy, {train,validation,test}.lengths.npy, manifest.json
      data/environment/tokenize.json: what ran where, and how long
 """
 
-import itertools
 import json
 import time
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from stages import articles, environment, params
-from stages.command import MANIFEST, Stop, digests, need, read_json, say, stage, unchanged, whole
-
-if TYPE_CHECKING:
-    import numpy as np
-    from tokenizers import Tokenizer
-
-    from stages.rows import Rows
+from gpt2lora.dataset import articles
+from gpt2lora.dataset.tokenizer import (
+    PIECE_CHARACTERS,
+    end_of_text,
+    load_tokenizer,
+    longest_context,
+    packed,
+    padded,
+    read,
+)
+from gpt2lora.pipeline import environment, params
+from gpt2lora.pipeline.artifacts import MANIFEST, digests, need, read_json, unchanged, whole
+from gpt2lora.pipeline.cli import Stop, say, stage
 
 LAYOUTS = ("packed", "padded")
-# Bounds of the memory: what is encoded at once, by all cores, and the longest text that is not encoded in pieces.
-BATCH_CHARACTERS = 1_000_000
-PIECE_CHARACTERS = 100_000
 
 
 @dataclass
@@ -48,7 +47,7 @@ class Tokenize:
 def main(raw: Path, base: Path, out: Path) -> None:
     """Encode the corpus once, into arrays that train and evaluate read."""
     started = time.perf_counter()
-    from stages import rows
+    from gpt2lora.dataset import blocks
 
     tokenize = params.section("tokenize", Tokenize)
     unchanged(base, "base")
@@ -57,20 +56,20 @@ def main(raw: Path, base: Path, out: Path) -> None:
     block_size = choose_block_size(tokenize.block_size, config)
     tokenizer = load_tokenizer(base)
     end = end_of_text(base, config, tokenizer)
-    dtype = rows.id_type(config["vocab_size"])
+    dtype = blocks.id_type(config["vocab_size"])
 
     splits = {}
     with whole(out) as folder:
         folder.mkdir()
-        for split in rows.SPLITS:
+        for split in blocks.SPLITS:
             text, counts = need(raw / f"{split}.txt", "prepare"), {"texts": 0, "tokens": 0}
             if tokenize.layout == "packed":
                 stream = packed(tokenizer, articles.starts(read(text, PIECE_CHARACTERS)), end, dtype, counts)
-                parts = rows.pack_pieces(stream, block_size, end)
+                parts = blocks.pack_pieces(stream, block_size, end)
             else:
                 parts = padded(tokenizer, read(text), block_size, end, dtype, counts)
-            rows.save_parts(parts, block_size + 1, dtype, folder, split)
-            arrays = rows.load(folder, split)
+            blocks.save_parts(parts, block_size + 1, dtype, folder, split)
+            arrays = blocks.load(folder, split)
             if len(arrays) == 0:
                 raise Stop(f"{raw}/{split}.txt: the {split} split is empty: it has no token to predict; add text")
             splits[split] = counts | {"rows": len(arrays), "predicted_tokens": arrays.targets}
@@ -99,149 +98,6 @@ def choose_block_size(block_size: int | None, config: dict) -> int:
     if positions and block_size and block_size > positions:
         raise params.wrong("tokenize.block_size", block_size, f"at most {positions}, the model's n_positions")
     return block_size or positions
-
-
-def longest_context(config: dict) -> int | None:
-    return config.get("n_positions") or config.get("max_position_embeddings")
-
-
-def load_tokenizer(base: Path) -> "Tokenizer":
-    from tokenizers import Tokenizer
-
-    file = need(base / "tokenizer.json", "base")
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises no other kind
-        raise Stop(f"{file} is damaged: {error}: run `dvc repro --force base`") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    # The characters "<|endoftext|>" in a corpus are text; only the pipeline itself ends a text.
-    tokenizer.encode_special_tokens = True
-    return tokenizer
-
-
-def end_of_text(base: Path, config: dict, tokenizer: "Tokenizer") -> int:
-    """Return the id that ends a text: the tokenizer's own eos token, else the one that the model's config names."""
-    settings = base / "tokenizer_config.json"
-    token = read_json(settings, "base").get("eos_token") if settings.is_file() else None
-    if isinstance(token, dict):
-        token = token.get("content")
-    end = tokenizer.token_to_id(token) if isinstance(token, str) else config.get("eos_token_id")
-    if isinstance(end, list) and end:
-        end = end[0]
-    if not isinstance(end, int) or not 0 <= end < config["vocab_size"]:
-        raise Stop(f"{base}: no end-of-text token: expected eos_token in tokenizer_config.json")
-    return end
-
-
-def read(path: Path, longest: int = -1) -> Iterator[str]:
-    """Yield a file's lines, every byte of them; a line of more than `longest` characters comes in parts."""
-    from tqdm import tqdm
-
-    size = path.stat().st_size
-    with (
-        path.open(encoding="utf-8", newline="\n") as file,
-        tqdm(total=size, unit="B", unit_scale=True, desc=f"tokenize {path.stem}", leave=False) as bar,
-    ):
-        try:
-            while line := file.readline(longest):
-                bar.update(file.buffer.tell() - bar.n)
-                yield line
-        except UnicodeDecodeError as error:
-            raise Stop(f"{path} is not UTF-8 ({error}): run `dvc repro --force prepare`") from error
-
-
-def packed(
-    tokenizer: "Tokenizer", marked: Iterable[tuple[bool, str]], end: int, dtype: type, counts: dict[str, int]
-) -> "Iterator[np.ndarray]":
-    """Yield one stream of ids in pieces, the articles separated by the end-of-text id; count texts and tokens.
-
-    Args:
-        marked: lines, each with whether an article begins there.
-    """
-    import numpy as np
-
-    begins: list[bool] = []  # of the pieces that `encode` has taken and not yet given back
-
-    def texts() -> Iterator[str]:
-        for begin, text in pieces(tokenizer, marked):
-            begins.append(begin)
-            yield text
-
-    for ids in encode(tokenizer, texts(), dtype):
-        if begins.pop(0):
-            if counts["texts"]:
-                yield np.array([end], dtype=dtype)
-            counts["texts"] += 1
-        counts["tokens"] += len(ids)
-        yield ids
-
-
-def pieces(tokenizer: "Tokenizer", marked: Iterable[tuple[bool, str]]) -> Iterator[tuple[bool, str]]:
-    """Yield the articles, each with whether it begins there: long ones come in several pieces."""
-    begins, held, lines, size = True, [], [], 0
-    for starts, line in marked:
-        if starts:
-            yield begins, "".join(held + lines)
-            begins, held, lines, size = True, [], [], 0
-        lines.append(line)
-        size += len(line)
-        if size >= PIECE_CHARACTERS:
-            text = "".join(lines)
-            if place := cut(tokenizer, text):
-                yield begins, "".join([*held, text[:place]])
-                begins, held = False, []
-            held.append(text[place:])
-            lines, size = [], 0
-    if held or lines:
-        yield begins, "".join(held + lines)
-
-
-def cut(tokenizer: "Tokenizer", text: str) -> int:
-    """Return the last place before white space where text can be cut and still be encoded alike, or 0."""
-    words = text.rsplit(None, 2)
-    place = len(words[0]) if len(words) == 3 else 0
-    around = text[max(0, place - 100) : place], text[place : place + 100]
-    apart = [token for part in around for token in tokenizer.encode(part, add_special_tokens=False).ids]
-    return place if tokenizer.encode("".join(around), add_special_tokens=False).ids == apart else 0
-
-
-def padded(
-    tokenizer: "Tokenizer", lines: Iterable[str], block_size: int, end: int, dtype: type, counts: dict[str, int]
-) -> "Iterator[Rows]":
-    """Yield the rows of all paragraphs, each ended by the end-of-text id, some at a time; count texts and tokens."""
-    import numpy as np
-
-    from stages import rows
-
-    encoded = encode(tokenizer, (text for line in lines for text in paragraphs(line)), dtype)
-    while texts := [np.append(ids, dtype(end)) for ids in itertools.islice(encoded, 1000)]:
-        counts["texts"] += len(texts)
-        counts["tokens"] += sum(map(len, texts))
-        yield rows.pad_each(texts, block_size, end)
-
-
-def encode(tokenizer: "Tokenizer", texts: Iterable[str], dtype: type) -> "Iterator[np.ndarray]":
-    """Yield the ids of each text as a (tokens,) array, a bounded number of characters at a time."""
-    import numpy as np
-
-    texts = iter(texts)
-    while batch := list(take(texts, BATCH_CHARACTERS)):
-        for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
-            yield np.array(encoding.ids, dtype=dtype)
-
-
-def take(texts: Iterator[str], characters: int) -> Iterator[str]:
-    """Yield texts until they hold so many characters together, or there are no more."""
-    size = 0
-    while size < characters and (text := next(texts, None)) is not None:
-        size += len(text)
-        yield text
-
-
-def paragraphs(text: str) -> list[str]:
-    """Return the lines that hold more than white space."""
-    return [line for line in text.split("\n") if line.strip()]
 
 
 if __name__ == "__main__":

@@ -20,15 +20,19 @@ from typing import TYPE_CHECKING
 
 import click
 
-from stages import environment, params, plots
-from stages.command import read_ahead, say, stage, whole
+from gpt2lora.evaluation import plots
+from gpt2lora.pipeline import environment, params
+from gpt2lora.pipeline.artifacts import read_ahead, whole
+from gpt2lora.pipeline.cli import say, stage
 
 if TYPE_CHECKING:
     import torch
 
-    from stages.loop import History, Train
-    from stages.lora import Lora
-    from stages.model import Quantization
+    from gpt2lora.model.lora import Lora
+    from gpt2lora.model.quantization import Quantization
+    from gpt2lora.training.config import Train
+    from gpt2lora.training.loop import History
+
 
 # Steps between checkpoints. One of GPT-2 with an adapter of rank 16 has 38 MB; one of all its weights has 2 GB.
 EVERY = {"lora": 100, "qlora": 100, "full": 1000}
@@ -54,17 +58,19 @@ def main(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path) 
     read_ahead(base)
     import torch
 
-    from stages import device
+    from gpt2lora.model import device
 
     beside = ThreadPoolExecutor(1)  # what fails in it fails again where it is needed, and says so there
     beside.submit(device.wake)
-    from stages import checkpoint, gradient, loop, lora, memory, model, rows
+    from gpt2lora.dataset import blocks
+    from gpt2lora.model import loading, lora
+    from gpt2lora.training import checkpoint, execution, loop, oom
 
     method, quantization, low_rank, options = read_params()
     seed = params.seed()
-    rows.read_manifest(tokens, base)
+    blocks.read_manifest(tokens, base)
     if method != "full":
-        lora.targets(list(lora.linear_layers(model.skeleton(base))), low_rank)
+        lora.targets(list(lora.linear_layers(loading.skeleton(base))), low_rank)
 
     place = device.pick_device()
     dtype = device.compute_dtype(options.precision, place)
@@ -73,12 +79,12 @@ def main(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path) 
         device.make_deterministic()
     torch.manual_seed(seed)
     network, taken = build(base, method, quantization, low_rank, dtype)
-    split, held_out = rows.load(tokens, "train"), rows.load(tokens, "validation")
+    split, held_out = blocks.load(tokens, "train"), blocks.load(tokens, "validation")
     sections = {"quantization": quantization, "lora": low_rank, "train": options}
     read = {name: section and asdict(section) for name, section in sections.items()} | {"method": method, "seed": seed}
     # CPUs differ in their kernels. On a GPU, without a compiler, steps are computed with other random numbers.
     kernels = [environment.cpu(), torch.backends.cpu.get_cpu_capability()]
-    on = [device.describe(place), str(dtype), gradient.lacks() if place.type == "cuda" else kernels]
+    on = [device.describe(place), str(dtype), execution.lacks() if place.type == "cuda" else kernels]
     name = checkpoint.key(read, [tokens, base], code_files(), on)
     try:
         with checkpoint.signals() as caught:
@@ -90,7 +96,7 @@ def main(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path) 
     except torch.OutOfMemoryError:
         history = None  # the error holds what fit had in memory, until this clause is left
     if history is None:
-        raise memory.too_large(network, split, options, dtype)
+        raise oom.too_large(network, split, options, dtype)
 
     record, timings = summary(network, history), speed(history, device.peak_memory(place))
     with (
@@ -104,7 +110,7 @@ def main(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path) 
             network.save_pretrained(folder)
         else:
             lora.save(network, low_rank, taken, folder)
-        model.save_method(folder, method, quantization, base)
+        loading.save_method(folder, method, quantization, base)
         write_csv(table, history.rows)
         record["adapter_bytes"] = sum(file.stat().st_size for file in folder.iterdir())
         figures.write_text(json.dumps(record, indent=2) + "\n")
@@ -117,13 +123,15 @@ def main(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path) 
 
 def read_params() -> "tuple[str, Quantization | None, Lora, Train]":
     """Return the method, how its base is quantised, and what `lora` and `train` hold, all of which go together."""
-    from stages import loop, lora, lora_init, model
+    from gpt2lora.model import lora, lora_init
+    from gpt2lora.model.quantization import Quantization
+    from gpt2lora.training.config import Train
 
     method = params.chosen("method", "methods")
     params.require(method in EVERY, "method", method, f"one of {', '.join(EVERY)}")
-    section = params.section(f"methods.{method}", model.Quantization if method == "qlora" else Plain)
+    section = params.section(f"methods.{method}", Quantization if method == "qlora" else Plain)
     quantization = section if method == "qlora" else None
-    low_rank, options = params.section("lora", lora.Lora), params.section("train", loop.Train)
+    low_rank, options = params.section("lora", lora.Lora), params.section("train", Train)
     if method == "full":
         params.require(options.lora_plus_ratio == 1, "train.lora_plus_ratio", options.lora_plus_ratio, "1 with full")
     else:
@@ -135,35 +143,35 @@ def build(
     base: Path, method: str, quantization: "Quantization | None", low_rank: "Lora", dtype: "torch.dtype"
 ) -> "tuple[torch.nn.Module, dict[str, torch.Tensor]]":
     """Return the model to train and what its adapter's first values took out of the base. The caller seeds."""
-    from stages import lora, lora_init, model
+    from gpt2lora.model import loading, lora, lora_init
 
-    network = model.load_base(base, quantization, dtype)
+    network = loading.load_base(base, quantization, dtype)
     if method == "full":
         return network, {}
     network = lora.attach(network, low_rank)
-    floats = lora.linear_layers(model.load_base(base, None, dtype)) if low_rank.init == "loftq" else {}
+    floats = lora.linear_layers(loading.load_base(base, None, dtype)) if low_rank.init == "loftq" else {}
     taken = lora_init.start(lora.adapted(network), low_rank.init, floats)
     if not low_rank.use_dora:  # which computes norms of whole weights: that wants fp32
-        model.hold_frozen(network, dtype)
+        loading.hold_frozen(network, dtype)
     return network, taken
 
 
 def code_files() -> set[Path]:
-    """Return the files of this package that are in use."""
-    modules = [module for name, module in sys.modules.items() if name.startswith(f"{__package__}.")]
+    """Return the files of code that are in use, of the stages and of the library."""
+    modules = [module for name, module in sys.modules.items() if name.startswith(("stages.", "gpt2lora."))]
     return {Path(__file__), *(Path(module.__file__) for module in modules)}
 
 
 def summary(network: "torch.nn.Module", history: "History") -> dict:
-    from stages import lora, model
+    from gpt2lora.model import lora, quantization
 
     trainable = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
-    frozen = model.frozen_parameters(network)
+    frozen = quantization.frozen_parameters(network)
     return {
         "trainable_parameters": trainable,
         "frozen_parameters": frozen,
         "trainable_percent": 100 * trainable / (trainable + frozen),
-        "frozen_base_bytes": model.frozen_bytes(network),
+        "frozen_base_bytes": quantization.frozen_bytes(network),
         "steps": history.rows[-1]["step"],
         "tokens": history.tokens,
         "start_validation_loss": history.start_loss,

@@ -1,12 +1,14 @@
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import tiny
+from click.testing import CliRunner
 
 # Before torch is imported: so small a model gains nothing from more threads, and loses much on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Tests compare bits and kernels of the CPU, also where there is a GPU. `TEST_ON_GPU=1 pytest tests/test_methods.py`
+# Tests compare bits and kernels of the CPU, also where there is a GPU. `TEST_ON_GPU=1 pytest tests/model/test_lora.py`
 # runs there what holds on both.
 if not os.environ.get("TEST_ON_GPU"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -28,3 +30,27 @@ def tiny_model(tmp_path_factory, tiny_corpus) -> Path:
 def project(tmp_path, tiny_model, tiny_corpus) -> Path:
     """A repository of its own, nothing run yet, whose preset `local` is the tiny model and the tiny corpus."""
     return tiny.make_project(tmp_path / "project", tiny_model, tiny_corpus)
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory, tiny_model, tiny_corpus):
+    """The outputs of a run that went well, by the name of the option that reads them."""
+    folder = tiny.make_project(tmp_path_factory.mktemp("errors") / "project", tiny_model, tiny_corpus)
+    from stages import base, prepare, tokenize, train
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for stage in (base.main, prepare.main, tokenize.main, train.main):
+            result = CliRunner().invoke(stage, catch_exceptions=False)
+            assert result.exit_code == 0, result.output
+    return {name: folder / "data" / name for name in ("base", "raw", "tokens", "adapter")}
+
+
+@pytest.fixture
+def data(made, tmp_path, monkeypatch):
+    """A copy of a run's outputs, to break, in a working directory."""
+    for name, folder in made.items():
+        shutil.copytree(folder, tmp_path / "data" / name)
+    shutil.copyfile(made["base"].parents[1] / "params.yaml", tmp_path / "params.yaml")
+    monkeypatch.chdir(tmp_path)
+    return Path("data")

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import alive
+import heartbeat
 
 EXPERIMENTS = {"lora": "demo-lora", "qlora": "demo-qlora"}
 # The sample's model is a hundredth of GPT-2's size and learns best at a higher rate.
@@ -24,7 +24,7 @@ def main() -> int:
     commands = [experiment(method, name) for method, name in EXPERIMENTS.items()]
     for command in [*commands, ["dvc", "metrics", "diff", *EXPERIMENTS.values()]]:
         print(f"\n$ {' '.join(command)}", flush=True)
-        if code := alive.run(command):
+        if code := heartbeat.run(command):
             return code
     print_table(figures())
     return 0

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import alive
+import heartbeat
 
 LOCK, GPT2, SAMPLE = "dvc.lock", "\npreset: gpt2 ", "\npreset: sample "
 
@@ -31,7 +31,7 @@ def main() -> int:
             sys.exit("Error: params.yaml: preset is not gpt2, as it is for everyone: put it back, then make lock again")
         (folder / "params.yaml").write_text(params.replace(GPT2, SAMPLE), encoding="utf-8")
         subprocess.run(["git", "init", "--quiet", name], check=True)
-        if code := alive.run(["dvc", "--cd", name, "repro"]):
+        if code := heartbeat.run(["dvc", "--cd", name, "repro"]):
             return code
         shutil.copyfile(folder / LOCK, LOCK)
     print(f"{LOCK} is that of the sample as it is now: commit it with what you changed")

@@ -1,0 +1,1 @@
+"""The library behind the stages, and the command `gpt2lora`."""

@@ -1,0 +1,1 @@
+"""Commands for people; no stage depends on them."""

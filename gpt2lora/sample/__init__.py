@@ -1,0 +1,1 @@
+"""The embedded sample: a corpus and a model made of installed documentation."""

@@ -1,0 +1,1 @@
+"""The log-likelihood of tokens under a model."""

@@ -1,0 +1,41 @@
+"""The section `train` of params.yaml."""
+
+import math
+from dataclasses import dataclass
+
+from gpt2lora.pipeline import params
+
+
+@dataclass
+class Train:
+    epochs: int
+    batch_size: int
+    accumulation_steps: int
+    learning_rate: float
+    lora_plus_ratio: float
+    warmup_fraction: float
+    weight_decay: float
+    clip_norm: float
+    base_dropout: float
+    precision: str
+    compile: str
+    deterministic: bool
+    validations: int
+    checkpoint_every: int | None
+
+    def __post_init__(self):
+        for name in ("epochs", "batch_size", "accumulation_steps", "validations"):
+            params.require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "an integer above 0")
+        for name in ("learning_rate", "lora_plus_ratio", "clip_norm"):
+            number = getattr(self, name)
+            params.require(0 < number < math.inf, f"train.{name}", number, "a number above 0")
+        for name in ("warmup_fraction", "base_dropout"):
+            share = getattr(self, name)
+            params.require(0 <= share < 1, f"train.{name}", share, "a number of at least 0, below 1")
+        good = self.checkpoint_every is None or self.checkpoint_every >= 0
+        params.require(good, "train.checkpoint_every", self.checkpoint_every, "an integer of at least 0, or null")
+        params.require(0 <= self.weight_decay < math.inf, "train.weight_decay", self.weight_decay, "0 or more")
+        known = self.precision in params.PRECISIONS
+        params.require(known, "train.precision", self.precision, f"one of {', '.join(params.PRECISIONS)}")
+        known = self.compile in ("auto", "always", "never")
+        params.require(known, "train.compile", self.compile, "auto, always or never")

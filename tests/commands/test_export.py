@@ -1,0 +1,335 @@
+"""export: a plain transformers folder that computes what was trained, whatever it was trained on."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from click.testing import CliRunner
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from gpt2lora.commands import export
+from gpt2lora.dataset import blocks
+from gpt2lora.model import loading, lora
+from gpt2lora.model import quantization as quantization_module
+from gpt2lora.model.quantization import Quantization
+from gpt2lora.pipeline.cli import Stop
+from gpt2lora.scoring import log_likelihood
+from gpt2lora.training import loss
+
+IDS = torch.arange(3 * 40).reshape(3, 40) * 7 % 300
+NF4 = Quantization(bits=4, quant_type="nf4", double_quant=True)
+FP4 = Quantization(bits=4, quant_type="fp4", double_quant=False)
+INT8 = Quantization(bits=8, quant_type="nf4", double_quant=False)
+VARIANTS = {"plain": {}, "dora": {"use_dora": True}, "rslora": {"use_rslora": True}, "8 bits": {"bits": 8}}
+of_each_base = pytest.mark.parametrize("base", ["gpt2", "llama"])
+FIGURES = re.compile(
+    r"loss (?P<loss>\S+) nats/token, as tuned (?P<tuned>\S+), difference (?P<change>[+-]\S+); "
+    r"logits differ by at most (?P<logits>[^\s,]+)"
+)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory, tiny_corpus):
+    """Two bases with weights so large that a wrong matrix shows: gpt2 (Conv1D) and llama (nn.Linear)."""
+    folder = tmp_path_factory.mktemp("export")
+    tiny.write_model(folder / "gpt2", tiny_corpus, spread=0.1)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=tiny.VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "llama")
+    for file in (folder / "gpt2").glob("tokenizer*"):
+        (folder / "llama" / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def inside(workplace, tmp_path, monkeypatch):
+    """An empty folder with the two bases."""
+    monkeypatch.chdir(tmp_path)
+    for base in ("gpt2", "llama"):
+        Path(base).symlink_to(workplace / base)
+
+
+def run(base: str, *arguments, exit_code: int = 0) -> str:
+    command = ["--base", base, "--adapter", "adapter", "--out", "out", *map(str, arguments)]
+    result = CliRunner().invoke(export.main, command, catch_exceptions=False)
+    assert result.exit_code == exit_code, result.output
+    return result.output
+
+
+def refusal(base: str, *arguments) -> str:
+    """Return the one line of an export that fails and leaves nothing."""
+    before = set(os.listdir())
+    line = run(base, *arguments, exit_code=1).splitlines()[-1]
+    assert line.startswith("Error: ")
+    assert set(os.listdir()) == before
+    return line.removeprefix("Error: ")
+
+
+def figures(output: str) -> dict[str, float]:
+    return {name: float(value) for name, value in FIGURES.search(output).groupdict().items()}
+
+
+def logits(network) -> torch.Tensor:
+    with torch.no_grad():
+        return network.eval()(input_ids=IDS, use_cache=False).logits
+
+
+def exported():
+    return AutoModelForCausalLM.from_pretrained("out")
+
+
+def tuned(base: str):
+    return loading.load_tuned(Path(base), Path("adapter"), torch.float32)
+
+
+def matrices(network) -> dict[str, torch.Tensor]:
+    """Return the weights that have an adapter as (out, in)."""
+    transposed = lora.holds_in_out(network)
+    return {name: layer.weight.T if transposed else layer.weight for name, layer in lora.linear_layers(network).items()}
+
+
+def update(name: str) -> torch.Tensor:
+    """Return what the adapter adds to a weight (out, in): alpha / r times B A."""
+    values = load_file("adapter/adapter_model.safetensors")
+    a, b = (values[f"base_model.model.{name}.lora_{factor}.weight"] for factor in "AB")
+    return 8 / 4 * b @ a
+
+
+# What is computed
+
+
+@of_each_base
+@pytest.mark.parametrize("quantization", [None, NF4, FP4], ids=["float", "nf4", "fp4"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_export_computes_what_was_trained(base, quantization, variant):
+    tiny.write_adapter(Path("adapter"), Path(base), quantization, **VARIANTS[variant])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*fan_in_fan_out")
+        run(base)
+    expected = logits(tuned(base))
+    torch.testing.assert_close(logits(exported()), expected, rtol=0, atol=1e-4)
+    assert (logits(AutoModelForCausalLM.from_pretrained(base)) - expected).abs().max() > 1
+
+
+def test_a_lora_export_is_what_peft_computes_without_our_code():
+    tiny.write_adapter(Path("adapter"), Path("gpt2"))
+    run("gpt2", "--onto", "original")
+    expected = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("gpt2"), "adapter"))
+    torch.testing.assert_close(logits(exported()), expected, rtol=0, atol=1e-4)
+
+
+@of_each_base
+def test_eight_bit_weights_are_the_stored_integers_times_their_scales(base):
+    tiny.write_adapter(Path("adapter"), Path(base), INT8)
+    output = run(base)
+    quantised = loading.load_base(Path(base), INT8, torch.float32)
+    found = matrices(exported())
+    assert len(found) == (8 if base == "gpt2" else 14)
+    for name, weight in found.items():
+        layer = quantised.get_submodule(name)
+        expected = layer.weight.data * (layer.state.SCB / 127)[:, None] + update(name)
+        torch.testing.assert_close(weight, expected, rtol=0, atol=1e-6, msg=name)
+    expected = logits(tuned(base))
+    assert (logits(exported()) - expected).abs().max() < 0.05 * expected.abs().max()
+    assert "(as tuned, activations are rounded to 8 bits)" in output
+    assert abs(figures(output)["change"]) < 0.01
+
+
+@of_each_base
+@pytest.mark.parametrize("quantization", [NF4, INT8], ids=["nf4", "int8"])
+def test_the_original_base_takes_the_update_and_the_loss_tells_the_difference(base, quantization):
+    tiny.write_adapter(Path("adapter"), Path(base), quantization)
+    output = run(base, "--onto", "original")
+    originals = matrices(AutoModelForCausalLM.from_pretrained(base))
+    for name, weight in matrices(exported()).items():
+        torch.testing.assert_close(weight, originals[name] + update(name), rtol=0, atol=1e-6, msg=name)
+    assert "qlora on the original base" in output
+    assert figures(output)["logits"] > 1e-2
+    assert figures(output)["change"] != 0
+
+
+def test_what_has_no_adapter_is_the_base_s_to_the_bit():
+    tiny.write_adapter(Path("adapter"), Path("gpt2"), NF4)
+    run("gpt2")
+    found, base = load_file("out/model.safetensors"), load_file("gpt2/model.safetensors")
+    assert set(found) == set(base)
+    assert {value.dtype for value in found.values()} == {torch.float32}
+    adapted = {f"{name}.weight" for name in lora.linear_layers(exported())}
+    assert {name for name in base if torch.equal(found[name], base[name])} == set(base) - adapted
+
+
+def test_a_model_that_was_trained_whole():
+    network = loading.load_base(Path("gpt2"), None, torch.float32)
+    with torch.no_grad():
+        network.transformer.h[0].mlp.c_fc.weight += 0.1
+    network.save_pretrained("adapter")
+    loading.save_method(Path("adapter"), "full", None, Path("gpt2"))
+    assert "all weights: loss" in run("gpt2")
+    assert contents("out", "model.safetensors") == contents("adapter", "model.safetensors")
+    torch.testing.assert_close(logits(exported()), logits(tuned("gpt2")), rtol=0, atol=1e-4)
+    check_files("gpt2")
+
+
+# What is written
+
+
+@of_each_base
+@pytest.mark.parametrize("quantization", [None, NF4], ids=["float", "nf4"])
+def test_the_folder_is_the_base_s_but_for_the_weights(base, quantization):
+    tiny.write_adapter(Path("adapter"), Path(base), quantization)
+    run(base)
+    check_files(base)
+
+
+def contents(folder: str, name: str) -> bytes:
+    return Path(folder, name).read_bytes()
+
+
+def check_files(base: str) -> None:
+    names = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert set(os.listdir("out")) == names
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert contents("out", name) == contents(base, name)
+    assert json.loads(contents("out", "config.json")) == json.loads(contents(base, "config.json"))
+    assert "gelu_new" in contents("out", "config.json").decode() or base == "llama"
+    text = " the river reached the coast . "
+    assert AutoTokenizer.from_pretrained("out")(text) == AutoTokenizer.from_pretrained(base)(text)
+
+
+def test_a_base_in_half_precision_is_exported_in_fp32():
+    GPT2LMHeadModel.from_pretrained("gpt2", dtype=torch.bfloat16).save_pretrained("half")
+    for file in Path("gpt2").glob("tokenizer*"):
+        Path("half", file.name).write_bytes(file.read_bytes())
+    tiny.write_adapter(Path("adapter"), Path("half"))
+    run("half")
+    assert json.loads(contents("out", "config.json"))["dtype"] == "float32"
+    assert {value.dtype for value in load_file("out/model.safetensors").values()} == {torch.float32}
+
+
+def test_an_empty_folder_is_filled():
+    tiny.write_adapter(Path("adapter"), Path("gpt2"))
+    Path("out").mkdir()
+    run("gpt2")
+    check_files("gpt2")
+
+
+# What is said
+
+
+@pytest.mark.parametrize("onto", ["original", "dequantized"])
+def test_the_figures_are_those_of_the_validation_split(onto):
+    tiny.write_adapter(Path("adapter"), Path("gpt2"), NF4)
+    random = np.random.default_rng(1)
+    split = blocks.pack(random.integers(300, size=10 * 32, dtype=np.uint16), 32, 0)
+    Path("tokens").mkdir()
+    blocks.save(split, Path("tokens"), "validation")
+    output = run("gpt2", "--onto", onto, "--tokens", "tokens")
+    first = blocks.Rows(split.ids[:8], split.lengths[:8])
+    assert f"on {first.targets} tokens of the validation split" in output
+    losses = [log_likelihood.loss(network, first, 3, torch.float32, "") for network in (exported(), tuned("gpt2"))]
+    found = figures(output)
+    assert [found["loss"], found["tuned"]] == pytest.approx(losses, abs=6e-5)
+    assert found["change"] == pytest.approx(losses[0] - losses[1], abs=2e-6)
+    inputs, _ = loss.batch(first, np.arange(8), torch.device("cpu"))
+    with torch.no_grad():
+        expected, ours = (network(input_ids=inputs).logits for network in (tuned("gpt2").eval(), exported().eval()))
+    difference = float((expected - ours).abs().max())
+    assert found["logits"] == pytest.approx(difference, rel=0.05 if onto == "original" else 1, abs=1e-5)
+
+
+def test_nothing_but_its_own_lines_on_a_terminal():
+    tiny.write_adapter(Path("adapter"), Path("gpt2"), NF4)
+    command = [sys.executable, "-m", "gpt2lora", "export", "--base", "gpt2", "--adapter", "adapter", "--out", "out"]
+    environment = tiny.environment() | {"PYTHONPATH": str(tiny.ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert [line.partition(" ")[0] for line in done.stdout.splitlines()] == ["export:"] * 3
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_float_base_is_not_dequantised(method):
+    tiny.write_adapter(Path("adapter"), Path("gpt2"))
+    loading.save_method(Path("adapter"), method, None, Path("gpt2"))
+    assert refusal("gpt2", "--onto", "dequantized").startswith("--onto dequantized: what was trained stands on a float")
+
+
+def test_a_folder_that_holds_something_is_not_touched():
+    Path("out").mkdir()
+    Path("out", "mine").write_text("mine")
+    assert refusal("gpt2") == "out exists and is not an empty folder: name a new one"
+    assert os.listdir("out") == ["mine"]
+
+
+def test_a_file_is_not_replaced():
+    Path("out").write_text("mine")
+    assert refusal("gpt2") == "out exists and is not an empty folder: name a new one"
+    assert Path("out").read_text() == "mine"
+
+
+def test_no_adapter():
+    assert refusal("gpt2").startswith("adapter/method.json is missing: run `dvc repro train`")
+
+
+def test_a_pickled_adapter():
+    tiny.write_adapter(Path("adapter"), Path("gpt2"))
+    torch.save(load_file("adapter/adapter_model.safetensors"), "adapter/adapter_model.bin")
+    Path("adapter/adapter_model.safetensors").unlink()
+    assert refusal("gpt2").startswith("adapter/adapter_model.safetensors is missing: run `dvc repro train`")
+
+
+@pytest.mark.parametrize("other", ["llama", "wide"])
+def test_an_adapter_of_another_base(other):
+    GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=64, n_layer=2, n_embd=128, n_head=2)).save_pretrained("wide")
+    tiny.write_adapter(Path("adapter"), Path("gpt2"))
+    assert refusal(other).startswith(
+        f"{other}/model.safetensors is damaged, or not the one that adapter/method.json rec"
+    )
+    with pytest.raises(Stop, match=r"^adapter does not fit the base, was it trained on another\? "):
+        lora.load(loading.load_base(Path(other), None, torch.float32), Path("adapter"))
+
+
+def test_no_base():
+    tiny.write_adapter(Path("adapter"), Path("gpt2"))
+    assert refusal("nowhere").startswith("nowhere/model.safetensors is missing: run `dvc repro base`")
+
+
+def test_a_merge_that_is_not_what_was_trained(monkeypatch):
+    tiny.write_adapter(Path("adapter"), Path("gpt2"), NF4)
+    monkeypatch.setattr(
+        quantization_module, "dequantise_into", lambda *_: None
+    )  # the original base in place of what was trained
+    assert re.match(
+        r"export: not the model that was trained: a logit differs by \S+, less than \S+ was", refusal("gpt2")
+    )
+
+
+@pytest.mark.parametrize("onto", ["original", "dequantized"])
+def test_an_adapter_that_is_not_finite(onto):
+    tiny.write_adapter(Path("adapter"), Path("gpt2"), NF4)
+    values = load_file("adapter/adapter_model.safetensors")
+    values[min(values)][0, 0] = float("nan")
+    save_file(values, "adapter/adapter_model.safetensors", metadata={"format": "pt"})
+    loading.save_method(Path("adapter"), "qlora", NF4, Path("gpt2"))
+    assert refusal("gpt2", "--onto", onto).startswith("export: not the model that was trained")
