@@ -1,14 +1,13 @@
 # make demo: the whole pipeline on an embedded sample.  make test: lint and every test.
 # make test-kill: kills every stage 200 times at random moments.
 # make bench: speed and memory of training against transformers' Trainer, into benchmarks/out; see docs/performance.md.
-# make lock: dvc.lock of the sample, anew: after a change of stages/, dvc.yaml or params.yaml.
 # make gate: GPT-2's published figures on WikiText-2, from the hub; fails when one is off by more than 0.1.
 # All set up .venv first. PYTHON=python3.12 make demo takes another interpreter (3.11 or newer).
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test test-kill lock gate bench install clean
+.PHONY: demo test test-kill gate bench install clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -22,9 +21,6 @@ test: $(INSTALLED)
 test-kill: $(INSTALLED)
 	KILLS=200 $(BIN)/python -m pytest tests/test_checkpoint.py -k random_moments --timeout 3600
 
-lock: $(INSTALLED)
-	@$(BIN)/python tools/lock.py
-
 gate: $(INSTALLED)
 	@$(BIN)/python tools/published_perplexity.py
 
@@ -37,7 +33,7 @@ install: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Error: Python 3.11 or newer is needed, this is " + sys.version)'
 	$(PYTHON) -m venv .venv
-	$(PYTHON) tools/alive.py $(BIN)/python -m pip install --progress-bar off --constraint constraints.txt --editable '.[test]'
+	$(PYTHON) tools/heartbeat.py 'pip install' $(BIN)/python -m pip install --progress-bar off --constraint constraints.txt --editable '.[test]'
 	@touch $@
 
 clean:

@@ -1,6 +1,6 @@
 """evaluate: base and tuned model on the test split, side by side, by one of three protocols (stages/protocols.py).
 
-in   data/raw (test.txt), data/tokens, data/base, data/adapter, params.yaml: evaluate.*
+in   data/raw (test.txt), data/tokens, data/base, data/adapter, metrics/loss.csv, params.yaml: evaluate.*
 out  metrics/eval.json: for base and tuned, and as the change from one to the other,
          loss             summed negative log-likelihood / predicted tokens, nats
          perplexity       exp(loss)
@@ -9,7 +9,7 @@ out  metrics/eval.json: for base and tuned, and as the change from one to the ot
          accuracy, top5_accuracy  share of predicted tokens that are the model's first choice, among its first five
      and predicted_tokens, words, bytes, windows: what these figures were counted on
      metrics/positions.csv: loss and accuracy by the place in the window
-     metrics/plots: the same as pictures
+     metrics/plots: the same, and how training went, as pictures
      metrics/report.md: what ran, these figures, all pictures, continuations of three prompts
      metrics/environment.json: what each stage ran on, and how long
 """
@@ -25,7 +25,7 @@ import click
 from gpt2lora.evaluation import plots, report
 from gpt2lora.evaluation.metrics import counts, figures, warn, write_positions
 from gpt2lora.pipeline import environment, params
-from gpt2lora.pipeline.artifacts import MANIFEST, same, whole
+from gpt2lora.pipeline.artifacts import MANIFEST, need, same, whole
 from gpt2lora.pipeline.cli import Stop, say, stage
 
 if TYPE_CHECKING:
@@ -71,7 +71,8 @@ class Evaluate:
 @click.option(
     "--positions", type=Path, default="metrics/positions.csv", show_default=True, help="File of the figures by place."
 )
-def main(raw: Path, tokens: Path, base: Path, adapter: Path, out: Path, positions: Path) -> None:
+@click.option("--loss", type=Path, default="metrics/loss.csv", show_default=True, help="File of the losses by step.")
+def main(raw: Path, tokens: Path, base: Path, adapter: Path, out: Path, positions: Path, loss: Path) -> None:
     """Score the test split under the base model and under the tuned one."""
     started = time.perf_counter()
     evaluate = params.section("evaluate", Evaluate)
@@ -80,6 +81,7 @@ def main(raw: Path, tokens: Path, base: Path, adapter: Path, out: Path, position
     from gpt2lora.evaluation import protocols
 
     manifest = blocks.read_manifest(tokens, base)
+    need(loss, "train")
     same(raw, manifest["raw"], tokens / MANIFEST, "prepare tokenize")
     block_size = manifest["block_size"]
     stride = choose_stride(evaluate, block_size)
@@ -113,7 +115,8 @@ def main(raw: Path, tokens: Path, base: Path, adapter: Path, out: Path, position
         write_positions(table, task.windows, found, block_size)
         file.write_text(json.dumps(scores, indent=2) + "\n")
 
-    plots.draw(plots.TEST, positions, out.parent / "plots")
+    for kinds, table in ((plots.TRAINING, loss), (plots.TEST, positions)):
+        plots.draw(kinds, table, out.parent / "plots")
     texts = (map(tokenizer.decode, ids) for ids in (prompts.ids, written["base"], written["tuned"]))
     makers = {"base": base, "prepare": raw, "tokenize": tokens, "train": adapter}
     records = {stage: environment.read(made, stage) for stage, made in makers.items()}
@@ -164,11 +167,10 @@ def scored(protocol: str, manifest: dict, stride: int) -> str:
 
 
 def write_report(folder: Path, scores: dict, records: dict[str, dict | None], texts: list[tuple[str, ...]]) -> None:
-    """Write environment.json and report.md, which shows what pictures `train` left and those of evaluate itself."""
+    """Write environment.json and report.md, which shows all pictures."""
     with whole(folder / "environment.json") as file:
         file.write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
-    names = [Path("plots") / plot.file for plot in (*plots.TEST, *plots.TRAINING)]
-    pictures = [name for name in names if (folder / name).is_file()]
+    pictures = [Path("plots") / plot.file for plot in (*plots.TEST, *plots.TRAINING)]
     with whole(folder / "report.md") as file:
         file.write_text(report.render(scores, records, texts, pictures), encoding="utf-8")
 

@@ -4,7 +4,6 @@ in   data/tokens, data/base, params.yaml: method, methods.<method>, lora.*, trai
 out  data/adapter: the adapter of lowest validation loss, or the whole model for method full
      metrics/train.json, metrics/loss.csv: what was trained and how the loss fell
      metrics/train_timings.json: seconds, tokens per second and memory, which no other run reproduces
-     metrics/plots: loss by step and by tokens, learning rate and gradient norm as pictures
      data/environment/train.json: what ran where, and how long
      data/.checkpoints: until it succeeds, where a run that was killed goes on from
 """
@@ -20,7 +19,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gpt2lora.evaluation import plots
 from gpt2lora.pipeline import environment, params
 from gpt2lora.pipeline.artifacts import read_ahead, whole
 from gpt2lora.pipeline.cli import say, stage
@@ -90,8 +88,6 @@ def main(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path) 
         with checkpoint.signals() as caught:
             every = EVERY[method] if options.checkpoint_every is None else options.checkpoint_every
             kept = checkpoint.Checkpoints(checkpoints / name, every, caught)
-            if place.type == "cuda":  # for which Python waits meanwhile; on a CPU it would only take memory earlier
-                beside.submit(plots.load)
             history = loop.fit(network, split, held_out, options, seed, kept)
     except torch.OutOfMemoryError:
         history = None  # the error holds what fit had in memory, until this clause is left
@@ -115,7 +111,6 @@ def main(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path) 
         record["adapter_bytes"] = sum(file.stat().st_size for file in folder.iterdir())
         figures.write_text(json.dumps(record, indent=2) + "\n")
         times.write_text(json.dumps(timings, indent=2) + "\n")
-    plots.draw(plots.TRAINING, metrics / "loss.csv", metrics / "plots")
     environment.write(out, "train", started, method=method, precision=str(dtype).removeprefix("torch."))
     kept.remove()
     report(history, record, timings)

@@ -43,14 +43,17 @@ def made(tmp_path_factory, tiny_model, tiny_corpus):
         for stage in (base.main, prepare.main, tokenize.main, train.main):
             result = CliRunner().invoke(stage, catch_exceptions=False)
             assert result.exit_code == 0, result.output
-    return {name: folder / "data" / name for name in ("base", "raw", "tokens", "adapter")}
+    found = {name: folder / "data" / name for name in ("base", "raw", "tokens", "adapter")}
+    return found | {"loss": folder / "metrics/loss.csv"}
 
 
 @pytest.fixture
 def data(made, tmp_path, monkeypatch):
     """A copy of a run's outputs, to break, in a working directory."""
-    for name, folder in made.items():
-        shutil.copytree(folder, tmp_path / "data" / name)
-    shutil.copyfile(made["base"].parents[1] / "params.yaml", tmp_path / "params.yaml")
+    project = made["base"].parents[1]
+    shutil.copytree(project / "data", tmp_path / "data", ignore=shutil.ignore_patterns(".*", "environment"))
+    (tmp_path / "metrics").mkdir()
+    for name in ("params.yaml", "metrics/loss.csv"):
+        shutil.copyfile(project / name, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     return Path("data")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt2lora.pipeline.artifacts import whole
+from gpt2lora.pipeline.cli import Stop
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -94,14 +95,21 @@ def load() -> None:
 
 def draw(plots: tuple[Plot, ...], table: Path, folder: Path) -> None:
     """Draw some plots of a CSV file, each into a PNG file of `folder`."""
-    with table.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    columns = read_table(table, {name for plot in plots for name in (plot.x, *plot.y)})
     for plot in plots:
         with picture(folder / plot.file, plot.title) as axes:
             for column in plot.y:
                 label, colour, line, marker = LINES[column]
-                points = [[float(row[name]) for row in rows] for name in (plot.x, column)]
-                axes.plot(*points, line, color=colour, marker=marker, markersize=4, label=label, clip_on=False)
+                axes.plot(
+                    columns[plot.x],
+                    columns[column],
+                    line,
+                    color=colour,
+                    marker=marker,
+                    markersize=4,
+                    label=label,
+                    clip_on=False,
+                )
             if len(plot.y) > 1:
                 legend(axes)
             axes.set(xlabel=plot.x_label, ylabel=plot.y_label)
@@ -111,6 +119,16 @@ def draw(plots: tuple[Plot, ...], table: Path, folder: Path) -> None:
             if plot.y[0] in ("learning_rate", "gradient_norm"):
                 axes.set_ylim(bottom=0)
                 axes.yaxis.set_major_formatter("{x:g}")
+
+
+def read_table(table: Path, names: set[str]) -> dict[str, list[float]]:
+    """Return the named columns of a CSV file; stop at one that is missing or holds no number."""
+    try:
+        with table.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        return {name: [float(row[name]) for row in rows] for name in names}
+    except (KeyError, ValueError, TypeError) as error:
+        raise Stop(f"{table} is damaged ({error}): run `dvc repro --force train`") from error
 
 
 def short(count: float, place: int | None = None) -> str:

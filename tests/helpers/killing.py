@@ -23,8 +23,13 @@ OUTPUTS = {
     "base": ["data/base"],
     "prepare": ["data/raw"],
     "tokenize": ["data/tokens"],
-    "train": ["data/adapter", "metrics/loss.csv", "metrics/train.json", "metrics/plots/loss_by_step.png"],
-    "evaluate": ["metrics/eval.json", "metrics/positions.csv", "metrics/plots/loss_by_position.png"],
+    "train": ["data/adapter", "metrics/loss.csv", "metrics/train.json"],
+    "evaluate": [
+        "metrics/eval.json",
+        "metrics/positions.csv",
+        "metrics/plots/loss_by_position.png",
+        "metrics/plots/loss_by_step.png",
+    ],
 }
 CALLS = ("fsync", "rename", "replace", "unlink", "rmdir")  # by which outputs and checkpoints come and go
 PLACES = {"base": 16, "prepare": 14, "tokenize": 30, "train": 50, "evaluate": 10}  # of a kill among a run's calls

@@ -171,13 +171,6 @@ def test_the_lock_file_of_a_clone_is_up_to_date(clone):
     assert stages_run(printed) == []
 
 
-def test_the_lock_file_of_the_sample_is_up_to_date(tmp_path):
-    """Where it is not, `make lock` makes it anew."""
-    tiny.copy_project(tmp_path)
-    tiny.set_param(tmp_path, "preset", "sample")
-    assert "Data and pipelines are up to date." in run(tmp_path, *DRY)
-
-
 @pytest.mark.parametrize(
     ("file", "found", "instead", "stage"),
     [

@@ -257,7 +257,8 @@ def test_a_stage_uses_what_it_declares_and_nothing_else(stage, finished, reads, 
         shutil.copy(finished / "params.yaml", folder)
         inputs = {name for name in declared_files(stage, "deps")} - declared_code(stage)
         for name in inputs:
-            shutil.copytree(finished / name, folder / name)
+            (folder / name).parent.mkdir(exist_ok=True)
+            (shutil.copytree if (finished / name).is_dir() else shutil.copyfile)(finished / name, folder / name)
         for key, value in variant.items():
             set_param(folder, key, value)
 
@@ -353,6 +354,24 @@ def test_queued_experiments(finished):
     done = [row for row in table if row["State"] == "Success" and row["train.learning_rate"] == "0.005"]
     assert sorted(row["method"] for row in done) == ["lora", "qlora"]
     assert all(float(row["tuned.loss"]) < float(row["base.loss"]) for row in done)
+
+
+SHARED, APART = ["base", "prepare", "tokenize"], ["train", "evaluate"]
+
+
+def test_temporary_experiments_of_a_clone_share_what_they_can(project):
+    """Without a dvc.lock in git: with one, DVC runs what its cache lacks of it, and never looks into the run cache."""
+    for method, expected in (("lora", [*SHARED, *APART]), ("qlora", APART)):
+        output = run(project, "dvc", "exp", "run", "--temp", "--name", method, "-S", f"method={method}")
+        assert stages_run(output) == expected
+    assert run(project, "git", "status", "--short") == ""
+
+
+def test_queued_experiments_of_a_clone_share_what_they_can(project):
+    run(project, "dvc", "exp", "run", "--queue", "-S", "method=lora,qlora")
+    output = run(project, "dvc", "exp", "run", "--run-all")
+    assert stages_run(output) == [*SHARED, *APART, *APART]
+    assert run(project, "git", "status", "--short") == ""
 
 
 def test_an_unknown_method_stops_before_any_stage(finished):

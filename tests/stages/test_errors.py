@@ -74,7 +74,7 @@ def inputs(made):
     reads = {
         "tokenize": ["raw", "base"],
         "train": ["tokens", "base"],
-        "evaluate": ["raw", "tokens", "base", "adapter"],
+        "evaluate": ["raw", "tokens", "base", "adapter", "loss"],
     }
     return {stage: [part for name in names for part in (f"--{name}", made[name])] for stage, names in reads.items()}
 
@@ -427,6 +427,7 @@ def test_weights_that_the_files_lack_are_not_made_up(workplace, made):
         ("evaluate", "--tokens", "tokenize"),
         ("evaluate", "--base", "base"),
         ("evaluate", "--adapter", "train"),
+        ("evaluate", "--loss", "train"),
     ],
 )
 def test_an_input_that_was_not_made_yet_by_the_stage_that_makes_it(workplace, inputs, stage, option, maker):

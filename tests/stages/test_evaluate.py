@@ -75,7 +75,8 @@ def workplace(tmp_path_factory, tiny_model, tiny_corpus):
             for key, value in (ORDINARY | rate | changes).items():
                 tiny.set_param(folder, key, value)
             run(train.main, "--out", f"{name}/adapter", "--metrics", name)
-            run(evaluate.main, "--adapter", f"{name}/adapter", "--out", f"{name}/eval.json")
+            inputs = ["--adapter", f"{name}/adapter", "--loss", f"{name}/loss.csv"]
+            run(evaluate.main, *inputs, "--out", f"{name}/eval.json")
     return folder
 
 
@@ -139,7 +140,8 @@ def evaluated(workplace, **settings) -> dict:
     """Return the figures of the lora adapter with other parameters of `evaluate`."""
     for key, value in settings.items():
         tiny.set_param(workplace, f"evaluate.{key}", value)
-    run(evaluate.main, "--adapter", "lora/adapter", "--out", "again/eval.json", "--positions", "again/positions.csv")
+    inputs = ["--adapter", "lora/adapter", "--loss", "lora/loss.csv"]
+    run(evaluate.main, *inputs, "--out", "again/eval.json", "--positions", "again/positions.csv")
     return read("again/eval.json")
 
 
@@ -254,7 +256,9 @@ def refusal(*arguments) -> str:
             "gpt2lora.model.device",
         ):
             patch.setitem(sys.modules, name, None)
-        result = CliRunner().invoke(evaluate.main, ["--adapter", "lora/adapter", *map(str, arguments)])
+        result = CliRunner().invoke(
+            evaluate.main, ["--adapter", "lora/adapter", "--loss", "lora/loss.csv", *map(str, arguments)]
+        )
     assert result.exit_code == 1
     return result.output.splitlines()[-1]  # behind what is left of a progress bar
 
