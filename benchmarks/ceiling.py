@@ -30,7 +30,7 @@ def main() -> None:
         best = max(best, products / (time.perf_counter() - started))
     record = {
         "device": place.type,
-        "name": device.describe(place),
+        "name": device.device_name(place),
         "precision": str(dtype).removeprefix("torch."),
         "tflops": 2 * size**3 * best / 1e12,
     }

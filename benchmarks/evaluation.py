@@ -18,8 +18,8 @@ import numpy as np
 
 from gpt2lora.evaluation import protocols
 from gpt2lora.pipeline import params
-from gpt2lora.pipeline.artifacts import need
-from gpt2lora.pipeline.cli import Stop, say, stage
+from gpt2lora.pipeline.artifacts import require_file
+from gpt2lora.pipeline.cli import StageError, command, echo
 from gpt2lora.scoring import windows
 
 
@@ -30,7 +30,7 @@ class Run:
     perplexity: float
 
 
-@stage
+@command
 @click.option("--model", "folder", type=Path, required=True, help="Folder of the model and its tokenizer.")
 @click.option("--text", type=Path, required=True, help="File of text: the raw test split of WikiText-2, say.")
 @click.option("--stride", type=click.IntRange(1), default=512, show_default=True, help="Tokens between windows.")
@@ -45,32 +45,34 @@ class Run:
 )
 def main(folder: Path, text: Path, stride: int, count: int | None, batch_size: int | None, precision: str) -> None:
     """Measure our evaluation against the loop of transformers' documentation."""
-    say("loading torch and transformers")
+    echo("loading torch and transformers")
     from transformers import AutoConfig
 
-    from gpt2lora.dataset.tokenizer import encode, load_tokenizer
+    from gpt2lora.dataset.tokenizer import encode_texts, load_tokenizer
     from gpt2lora.model import device
     from stages.tokenize import choose_block_size
 
-    need(folder / "tokenizer.json", "base")
+    require_file(folder / "tokenizer.json", "base")
     context = choose_block_size(None, AutoConfig.from_pretrained(folder, local_files_only=True).to_dict())
     if stride > context:
-        raise Stop(f"--stride: expected 1 to {context}, the model's context, not {stride}")
+        raise StageError(f"--stride: expected 1 to {context}, the model's context, not {stride}")
     content = "\n\n".join(protocols.hub_rows(text.read_bytes().decode("utf-8")))
-    (ids,) = encode(load_tokenizer(folder), [content], np.uint32)
+    (ids,) = encode_texts(load_tokenizer(folder), [content], np.uint32)
     if count:
         ids = ids[: context + (count - 1) * stride]
-    laid = windows.slide([ids], context, stride)
+    laid = windows.sliding_windows([ids], context, stride)
 
     place = device.pick_device()
     dtype = device.compute_dtype(precision, place)
-    say(f"{len(ids):,} tokens, {len(laid)} windows of {context} at a stride of {stride}; {device.describe(place)}\n")
+    echo(
+        f"{len(ids):,} tokens, {len(laid)} windows of {context} at a stride of {stride}; {device.device_name(place)}\n"
+    )
     ours = run_ours(folder, laid, batch_size, dtype, place)
     loop = run_loop(folder, ids, context, stride, place)
-    say(f"{'':14}{'windows/s':>12}{'peak memory, GB':>18}{'perplexity':>14}")
+    echo(f"{'':14}{'windows/s':>12}{'peak memory, GB':>18}{'perplexity':>14}")
     for name, run in (("documentation", loop), ("evaluate", ours)):
-        say(f"{name:14}{run.windows_per_second:12.2f}{run.peak_memory:18.2f}{run.perplexity:14.4f}")
-    say(
+        echo(f"{name:14}{run.windows_per_second:12.2f}{run.peak_memory:18.2f}{run.perplexity:14.4f}")
+    echo(
         f"\nratio {ours.windows_per_second / loop.windows_per_second:.2f}x, "
         f"perplexity {100 * (ours.perplexity / loop.perplexity - 1):+.4f} %"
     )
@@ -78,14 +80,14 @@ def main(folder: Path, text: Path, stride: int, count: int | None, batch_size: i
 
 def run_ours(folder: Path, laid: windows.Windows, batch_size: int | None, dtype, place) -> Run:
     from gpt2lora.model.loading import load_base
-    from gpt2lora.scoring.log_likelihood import likelihood
+    from gpt2lora.scoring.log_likelihood import score_windows
 
     model = load_base(folder, None, dtype)
     some = batch_size or 32
     first = windows.Windows(laid.ids, laid.starts[:some], laid.lengths[:some], laid.skips[:some])
-    likelihood(model, first, batch_size, dtype, "warm-up")
+    score_windows(model, first, batch_size, dtype, "warm-up")
     with Measured(place) as measured:
-        found = likelihood(model, laid, batch_size, dtype, "evaluate")
+        found = score_windows(model, laid, batch_size, dtype, "evaluate")
     return Run(len(laid) / measured.seconds, measured.peak, math.exp(found.nll.mean()))
 
 

@@ -13,8 +13,8 @@ import click
 
 from benchmarks import random_inputs, workspace
 from benchmarks.train import run
-from gpt2lora.pipeline.artifacts import whole
-from gpt2lora.pipeline.cli import Stop, say, stage
+from gpt2lora.pipeline.artifacts import atomic_output
+from gpt2lora.pipeline.cli import StageError, command, echo
 
 FIGURES = ("tokens_per_second", "peak_memory_bytes")
 FIXED = {
@@ -32,7 +32,7 @@ CHANGED = {
 }
 
 
-@stage
+@command
 @click.option("--steps", type=click.IntRange(2), help="[default: 40 on a GPU, 20 on a CPU]")
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Runs of each; medians count.")
 @click.option("--out", type=Path, default="benchmarks/out", show_default=True, help="Folder of growth.md.")
@@ -48,10 +48,10 @@ def main(steps: int | None, repeats: int, out: Path) -> None:
             key = tuple(setting.values())
             cells = measured[key] = measured.get(key) or measure(out.resolve() / "work", steps, setting, repeats)
             lines.append(f"| {name} | {value} | {cells} |")
-            say(lines[-1])
+            echo(lines[-1])
     unchanged = ", ".join(f"{name} {value}" for name, value in fixed.items())
     conditions = [f"- unchanged: {unchanged}", *(f"- {name}: {text}" for name, text in workspace.environment().items())]
-    with whole(out / "growth.md") as file:
+    with atomic_output(out / "growth.md") as file:
         file.write_text("\n".join([*lines, "", *conditions]) + "\n", encoding="utf-8")
 
 
@@ -63,7 +63,7 @@ def measure(work: Path, steps: int, setting: dict, repeats: int) -> str:
     options |= {"steps": steps, "warmup": max(1, steps // 4)}
     try:
         runs = [run("benchmarks.ours", options) for _ in range(repeats)]
-    except Stop as error:
+    except StageError as error:
         if "out of memory" not in error.message:
             raise
         return "does not fit | "

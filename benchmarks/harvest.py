@@ -18,8 +18,8 @@ import click
 
 from benchmarks import markup
 from gpt2lora.dataset import articles
-from gpt2lora.pipeline.artifacts import whole
-from gpt2lora.pipeline.cli import Stop, say, stage
+from gpt2lora.pipeline.artifacts import atomic_output
+from gpt2lora.pipeline.cli import StageError, command, echo
 from gpt2lora.sample import corpus
 from stages import prepare
 
@@ -39,7 +39,7 @@ which will with would you your
 ENGLISH = frozenset(COMMON.split())  # its commonest words
 
 
-@stage
+@command
 @click.option("--out", type=Path, required=True, help="Folder of the three text files.")
 @click.option("--root", type=Path, multiple=True, help="Folder to search. Default: /usr and this Python's own folders.")
 @click.option("--megabytes", type=click.FloatRange(min=0, min_open=True), help="Keep so much, chosen at random.")
@@ -51,9 +51,9 @@ def main(out: Path, root: tuple[Path, ...], megabytes: float | None, seed: int) 
     roots = root or (Path("/usr"), Path(sys.base_prefix), Path(sys.prefix))
     for folder in roots:
         if not folder.is_dir():
-            raise Stop(f"--root {folder}: no such folder")
+            raise StageError(f"--root {folder}: no such folder")
     files = find(roots, out)
-    say(f"harvest: {len(files):,} files below {', '.join(map(str, roots))}")
+    echo(f"harvest: {len(files):,} files below {', '.join(map(str, roots))}")
 
     seen: set[bytes] = set()
     found: list[str] = []
@@ -65,17 +65,17 @@ def main(out: Path, root: tuple[Path, ...], megabytes: float | None, seed: int) 
             new = unseen(texts, seen)
             if sum(map(len, new)) >= SHORTEST_DOCUMENT:
                 found.append(article(title(file), new))
-    say(f"harvest: {read / 1e6:.1f} M characters of prose, {sum(map(len, found)) / 1e6:.1f} M without copies")
+    echo(f"harvest: {read / 1e6:.1f} M characters of prose, {sum(map(len, found)) / 1e6:.1f} M without copies")
     if megabytes:
         found = choose(found, megabytes * 1e6, seed)
     if len(found) < 3:
-        raise Stop(f"{len(found)} documents with prose: expected at least three; name more folders with --root")
-    with whole(out) as folder:
+        raise StageError(f"{len(found)} documents with prose: expected at least three; name more folders with --root")
+    with atomic_output(out) as folder:
         folder.mkdir()
-        for split, text in prepare.split_articles(found, VALIDATION_SHARE, TEST_SHARE, seed).items():
+        for split, text in prepare.assign_articles(found, VALIDATION_SHARE, TEST_SHARE, seed).items():
             data = text.encode()
             (folder / f"{split}.txt").write_bytes(data)
-            say(f"harvest: {split:10} {len(data) / 1e6:8.2f} MB, {len(articles.split(text)):>7,} documents")
+            echo(f"harvest: {split:10} {len(data) / 1e6:8.2f} MB, {len(articles.split_articles(text)):>7,} documents")
 
 
 def find(roots: tuple[Path, ...], out: Path) -> list[str]:

@@ -21,14 +21,14 @@ import click
 
 from benchmarks import grid, tables, workspace
 from benchmarks.grid import Run
-from gpt2lora.pipeline.artifacts import whole
-from gpt2lora.pipeline.cli import Stop, say, stage
+from gpt2lora.pipeline.artifacts import atomic_output
+from gpt2lora.pipeline.cli import StageError, command, echo
 
 RECORDS, TABLES, CONDITIONS = "runs.jsonl", "methods.md", "conditions.json"
 FIGURES = ("train", "train_timings", "eval")  # the files of metrics/ that a record holds
 
 
-@stage
+@command
 @click.option("--base", type=Path, required=True, help="Folder of the model that is tuned.")
 @click.option("--corpus", type=Path, required=True, help="Folder or file of the text it is tuned on.")
 @click.option("--out", type=Path, required=True, help="Folder of runs.jsonl and methods.md.")
@@ -45,7 +45,7 @@ def main(
     deadline = time.monotonic() + seconds
     settings = workspace.settings(items)
     if fixed := grid.KEYS & settings.keys():
-        raise Stop(f"--set {', '.join(sorted(fixed))}: the grid has values of its own for it")
+        raise StageError(f"--set {', '.join(sorted(fixed))}: the grid has values of its own for it")
     shared = prepare(base, corpus, out, settings)
     around = workspace.environment() | {"jobs": jobs}
     free = workspace.cards() * jobs
@@ -59,16 +59,16 @@ def main(
     for phase in (grid.sweeps, lambda: finals(records, rate)):
         wanted = {run.key: run for run in phase() if not only or any(fnmatch(run.name, name) for name in only)}
         todo = [run for run in wanted.values() if not tables.succeeded(run, records)]
-        say(f"methods: {len(wanted) - len(todo)} runs on record, {len(todo)} to make, {at_once} at once")
+        echo(f"methods: {len(wanted) - len(todo)} runs on record, {len(todo)} to make, {at_once} at once")
         made = in_parallel(
             todo, at_once, lambda run: measure(run, out, shared, settings, around, deadline, places, threads)
         )
         for place, record in enumerate(made, start=1):
             add_record(out / RECORDS, record)
             records[record["key"]] = record
-            say(f"methods: {place}/{len(todo)} {describe(record)}")
+            echo(f"methods: {place}/{len(todo)} {describe(record)}")
             write_tables(out, shared, grid.sweeps() + finals(records, rate), records)
-    say(f"methods: {out / TABLES} holds {sum(record['error'] is None for record in records.values())} runs")
+    echo(f"methods: {out / TABLES} holds {sum(record['error'] is None for record in records.values())} runs")
 
 
 def prepare(base: Path, corpus: Path, out: Path, settings: dict[str, Any]) -> Path:
@@ -79,7 +79,7 @@ def prepare(base: Path, corpus: Path, out: Path, settings: dict[str, Any]) -> Pa
     """
     for option, path in (("--base", base), ("--corpus", corpus)):
         if not path.exists():
-            raise Stop(f"{option} {path}: does not exist")
+            raise StageError(f"{option} {path}: does not exist")
     shared = out.resolve() / "prepared"
     local = {"presets.local.model": str(base.resolve()), "presets.local.dataset": str(corpus.resolve())}
     params = workspace.write_params(out / "asked", settings)
@@ -90,13 +90,15 @@ def prepare(base: Path, corpus: Path, out: Path, settings: dict[str, Any]) -> Pa
     if (shared / CONDITIONS).is_file():
         before = json.loads((shared / CONDITIONS).read_text())
         if other := [name for name in now if before[name] != now[name]]:
-            raise Stop(f"{out}: its runs have another {' and '.join(other)}: give another --out, or remove the folder")
+            raise StageError(
+                f"{out}: its runs have another {' and '.join(other)}: give another --out, or remove the folder"
+            )
         return shared
     workspace.empty(shared)
     workspace.write_params(shared, settings | {"preset": "local"} | local)
     for name in ("base", "prepare", "tokenize"):
         if error := workspace.run_stage(name, shared, shown=True):
-            raise Stop(error)
+            raise StageError(error)
     (shared / CONDITIONS).write_text(json.dumps(now, indent=2) + "\n")
     return shared
 
@@ -165,7 +167,7 @@ def read_records(file: Path) -> tables.Records:
             record = json.loads(line)
             records[record["key"]] = record
         except (ValueError, KeyError, TypeError) as error:
-            raise Stop(f"{file}, line {number}: no record of a run ({error}); remove the line") from error
+            raise StageError(f"{file}, line {number}: no record of a run ({error}); remove the line") from error
     return records
 
 
@@ -198,7 +200,7 @@ def write_tables(out: Path, shared: Path, runs: list[Run], records: tables.Recor
         "mean ± sample standard deviation. A seed sets the order of the rows, dropout and the adapter's first values.",
     }
     text = tables.markdown(runs, records, conditions, OmegaConf.to_yaml(OmegaConf.create(params)))
-    with whole(out / TABLES) as file:
+    with atomic_output(out / TABLES) as file:
         file.write_text(text, encoding="utf-8")
 
 

@@ -17,10 +17,10 @@ from pathlib import Path  # noqa: E402
 import click  # noqa: E402
 
 from gpt2lora.pipeline import params  # noqa: E402
-from gpt2lora.pipeline.cli import Stop, stage  # noqa: E402
+from gpt2lora.pipeline.cli import StageError, command  # noqa: E402
 
 
-@stage
+@command
 @click.option("--model", "base", type=Path, required=True, help="Folder of the base model.")
 @click.option("--tokens", type=Path, required=True, help="Folder of the token arrays.")
 @click.option("--method", type=click.Choice(["lora", "qlora", "full"]), default="lora", show_default=True)
@@ -51,16 +51,16 @@ def main(
 
     from gpt2lora.dataset import blocks
     from gpt2lora.model import device, lora
-    from gpt2lora.model.quantization import Quantization
+    from gpt2lora.model.quantization import QuantizationParams
     from gpt2lora.training import config, loop
-    from stages.train import build
+    from stages.train import build_model
 
-    options = params.section("train", config.Train)
+    options = params.section("train", config.TrainParams)
     options = replace(options, epochs=1, batch_size=batch_size, accumulation_steps=1, validations=1)
     if options.compile == "auto":
         # So do three epochs of WikiText-2 with GPT-2 124M; these few steps alone would not.
         options = replace(options, compile="always")
-    low_rank = params.section("lora", lora.Lora)
+    low_rank = params.section("lora", lora.LoraParams)
     names = "all-linear" if target == "all-linear" else [target]
     low_rank = replace(low_rank, target_modules=names)
     if rank is not None:
@@ -72,18 +72,18 @@ def main(
     if precision is not None:
         options = replace(options, precision=precision)
 
-    split = blocks.load(tokens, "train")
+    split = blocks.load_blocks(tokens, "train")
     full = np.flatnonzero(split.lengths >= split.ids.shape[1] - 1)[: steps * batch_size]  # as the peer chooses them
     if len(full) < steps * batch_size:
-        raise Stop(f"--tokens {tokens}: {len(full)} full rows, expected {steps} steps of {batch_size}")
-    train = blocks.Rows(split.ids[full], split.lengths[full])
+        raise StageError(f"--tokens {tokens}: {len(full)} full rows, expected {steps} steps of {batch_size}")
+    train = blocks.Blocks(split.ids[full], split.lengths[full])
 
     place = device.pick_device()
     dtype = device.compute_dtype(options.precision, place)
     torch.manual_seed(0)
-    quantization = params.section("methods.qlora", Quantization) if method == "qlora" else None
-    network, _ = build(base, method, quantization, low_rank, dtype)
-    validation = blocks.load(tokens, "validation")
+    quantization = params.section("methods.qlora", QuantizationParams) if method == "qlora" else None
+    network, _ = build_model(base, method, quantization, low_rank, dtype)
+    validation = blocks.load_blocks(tokens, "validation")
     times = watch(loop, place, {1, warmup, steps})
     history = loop.fit(network, train, validation, options, 0)
     if len(times) != steps:

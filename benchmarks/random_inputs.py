@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from gpt2lora.pipeline.artifacts import MANIFEST, digests, whole
+from gpt2lora.pipeline.artifacts import MANIFEST, atomic_output, digests
 
 # layers, width, heads, positions, vocabulary: GPT-2's own (Radford et al., 2019), and that of the embedded sample
 SIZES = {
@@ -25,7 +25,7 @@ def model(folder: Path, size: str) -> Path:
         torch.manual_seed(0)
         shape = {"n_positions": positions, "n_layer": layers, "n_embd": width, "n_head": heads}
         config = GPT2Config(vocab_size=vocabulary, bos_token_id=vocabulary - 1, eos_token_id=vocabulary - 1, **shape)
-        with whole(target) as new:
+        with atomic_output(target) as new:
             GPT2LMHeadModel(config).save_pretrained(new)
     return target
 
@@ -39,12 +39,12 @@ def tokens(folder: Path, base: Path, block_size: int, count: int) -> Path:
     vocabulary = json.loads((base / "config.json").read_text())["vocab_size"]
     target = folder / f"tokens-{vocabulary}-{block_size}-{count}"
     if not target.exists():
-        random, dtype = np.random.default_rng(0), blocks.id_type(vocabulary)
-        with whole(target) as new:
+        random, dtype = np.random.default_rng(0), blocks.token_dtype(vocabulary)
+        with atomic_output(target) as new:
             new.mkdir()
             for split, number in (("train", count), ("validation", -(-count // 10))):
                 ids = random.integers(0, vocabulary, (number, block_size + 1)).astype(dtype)
-                blocks.save(blocks.Rows(ids, np.full(number, block_size + 1, np.int32)), new, split)
+                blocks.save_blocks(blocks.Blocks(ids, np.full(number, block_size + 1, np.int32)), new, split)
     # Models of one vocabulary share the arrays; the stages want to know which of them they are for.
     manifest = {"block_size": block_size, "files": digests(target, "*.npy"), "base": digests(base), "raw": {}}
     (target / MANIFEST).write_text(json.dumps(manifest) + "\n")

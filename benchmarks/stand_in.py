@@ -11,15 +11,15 @@ from pathlib import Path
 import click
 
 from benchmarks import workspace
-from gpt2lora.pipeline.artifacts import whole
-from gpt2lora.pipeline.cli import Stop, say, stage
+from gpt2lora.pipeline.artifacts import atomic_output
+from gpt2lora.pipeline.cli import StageError, command, echo
 
 TRAINING = {"method": "full", "train.weight_decay": 0.1}
 TOKENIZER = ("tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json")
 WEIGHTS = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
 
 
-@stage
+@command
 @click.option("--corpus", type=Path, required=True, help="Folder of the text that it is trained on.")
 @click.option("--tokenizer", type=Path, required=True, help="Folder of the tokenizer that it takes over.")
 @click.option("--out", type=Path, required=True, help="Folder of the model.")
@@ -51,12 +51,12 @@ def main(
     """Train a GPT-2 from random weights on a corpus."""
     for option, path in (("--corpus", corpus), ("--tokenizer", tokenizer)):
         if not path.exists():
-            raise Stop(f"{option} {path}: does not exist")
+            raise StageError(f"{option} {path}: does not exist")
     if width % heads:
-        raise Stop(f"--width {width}: expected a multiple of --heads {heads}")
+        raise StageError(f"--width {width}: expected a multiple of --heads {heads}")
     settings = workspace.settings(items)
     work = workspace.empty(out.with_name(f"{out.name}.work"))
-    say(f"stand_in: {layers} layers of width {width}, {heads} heads, {positions:,} positions, random weights")
+    echo(f"stand_in: {layers} layers of width {width}, {heads} heads, {positions:,} positions, random weights")
     write_random(work / "random", tokenizer, layers, width, heads, positions, seed)
     values = TRAINING | {
         "preset": "local",
@@ -70,11 +70,11 @@ def main(
     params = workspace.write_params(work, values | settings)
     for name in ("base", "prepare", "tokenize", "train"):
         if error := workspace.run_stage(name, work, shown=True):
-            raise Stop(error)
+            raise StageError(error)
 
     figures = json.loads((work / "metrics" / "train.json").read_text())
     tokens = json.loads((work / "data" / "tokens" / "manifest.json").read_text())["splits"]
-    with whole(out) as folder:
+    with atomic_output(out) as folder:
         folder.mkdir()
         for source, patterns in ((work / "data" / "adapter", WEIGHTS), (work / "data" / "base", TOKENIZER)):
             for file in (file for pattern in patterns for file in source.glob(pattern)):
@@ -82,7 +82,7 @@ def main(
         record = {"train": figures, "corpus": tokens, "parameters": params["train"]}
         (folder / "stand_in.json").write_text(json.dumps(record, indent=2) + "\n")
     shutil.rmtree(work)
-    say(f"stand_in: validation loss {figures['best_validation_loss']:.4f} nats/token, {out} holds the model")
+    echo(f"stand_in: validation loss {figures['best_validation_loss']:.4f} nats/token, {out} holds the model")
 
 
 def write_random(folder: Path, tokenizer: Path, layers: int, width: int, heads: int, positions: int, seed: int) -> None:

@@ -15,8 +15,8 @@ from pathlib import Path
 import click
 
 from benchmarks import workspace
-from gpt2lora.pipeline.artifacts import need
-from gpt2lora.pipeline.cli import Stop, say, stage
+from gpt2lora.pipeline.artifacts import require_file
+from gpt2lora.pipeline.cli import StageError, command, echo
 
 # As `python -m stages.tokenize`; at its end it writes its own peak (Linux): what wait4 tells may be its parent's.
 RUN = """
@@ -30,20 +30,20 @@ runpy.run_module("stages.tokenize", run_name="__main__")
 """
 
 
-@stage
+@command
 @click.option("--tokenizer", type=Path, required=True, help="Folder of a tokenizer.")
 @click.option("--text", type=Path, required=True, help="File of text: WikiText-2's train split, say.")
 @click.option("--megabytes", type=int, multiple=True, default=(50, 500), show_default=True, help="Sizes to grow it to.")
 def main(tokenizer: Path, text: Path, megabytes: tuple[int, ...]) -> None:
     """Measure the stage `tokenize` on a text, and on longer ones made of it."""
-    content = need(text, "prepare").read_bytes()
+    content = require_file(text, "prepare").read_bytes()
     if not content:
-        raise Stop(f"--text {text}: is empty")
+        raise StageError(f"--text {text}: is empty")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         workspace.write_params(folder, {})
         write_base(tokenizer, folder / "data" / "base")
-        say(f"{'text':>24} {'MB':>8} {'seconds':>8} {'peak memory, MB':>16}")
+        echo(f"{'text':>24} {'MB':>8} {'seconds':>8} {'peak memory, MB':>16}")
         measure("as it is", [content], folder)
         for size in megabytes:
             measure("repeated", [content] * max(1, round(size * 1e6 / len(content))), folder)
@@ -72,7 +72,7 @@ def measure(label: str, parts: list[bytes], folder: Path) -> None:
     subprocess.run([sys.executable, "-c", RUN], cwd=folder, env=workspace.surroundings(), check=True)
     seconds = time.perf_counter() - started
     peak = int((folder / "peak").read_text()) * 1024
-    say(f"{label:>24} {sum(map(len, parts)) / 1e6:8.1f} {seconds:8.1f} {peak / 1e6:16.0f}")
+    echo(f"{label:>24} {sum(map(len, parts)) / 1e6:8.1f} {seconds:8.1f} {peak / 1e6:16.0f}")
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from pathlib import Path
 import click
 
 from benchmarks import random_inputs, workspace
-from gpt2lora.pipeline.artifacts import whole
-from gpt2lora.pipeline.cli import Stop, say, stage
+from gpt2lora.pipeline.artifacts import atomic_output
+from gpt2lora.pipeline.cli import StageError, command, echo
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ HEAD = (
 )
 
 
-@stage
+@command
 @click.option("--rows", "names", multiple=True, help="Only this row; may be repeated.  [default: all of the device]")
 @click.option("--model", "base", type=Path, help="Folder of the model.  [default: random weights of --size]")
 @click.option("--size", type=click.Choice(list(random_inputs.SIZES)), help="[default: the row's]")
@@ -86,13 +86,13 @@ def main(
     """Measure the project's training against the script that a user would write with transformers' Trainer."""
     for option, path in (("--model", base), ("--tokens", tokens)):
         if path and not path.is_dir():
-            raise Stop(f"{option} {path}: no such folder")
+            raise StageError(f"{option} {path}: no such folder")
     ceiling = run("benchmarks.ceiling")
     rows = {row.name: row for row in ROWS if row.device == ceiling["device"]}
     if strange := set(names) - {STAGE, *rows}:
-        raise Stop(f"--rows {min(strange)}: on this device there are {', '.join([*rows, STAGE])}")
+        raise StageError(f"--rows {min(strange)}: on this device there are {', '.join([*rows, STAGE])}")
     around = workspace.environment() | {"ceiling": f"{ceiling['tflops']:.2f} TFLOP/s, {ceiling['precision']}"}
-    say("\n".join(f"{name}: {text}" for name, text in around.items()))
+    echo("\n".join(f"{name}: {text}" for name, text in around.items()))
 
     work, results, clock = out.resolve() / "work", [], None
     for row in [rows[name] for name in names or rows if name != STAGE]:
@@ -111,15 +111,15 @@ def main(
         data = tokens.resolve() if tokens else random_inputs.tokens(work, model, block_size, count)
         clock = wall_clocks(model, data, work / "stage", repeats)
         text = write(out, results, clock, around)
-    say(f"\n{text}")
+    echo(f"\n{text}")
 
 
 def write(out: Path, results: list[dict], clock: dict | None, around: dict[str, str]) -> str:
     """Write what is measured so far into OUT; return the text of its tables."""
     text = report(results, clock, around)
-    with whole(out / "train.md") as file:
+    with atomic_output(out / "train.md") as file:
         file.write_text(text, encoding="utf-8")
-    with whole(out / "train.json") as file:
+    with atomic_output(out / "train.json") as file:
         file.write_text(json.dumps({"around": around, "rows": results, "stage": clock}, indent=2) + "\n")
     return text
 
@@ -131,7 +131,7 @@ def alternate(row: Row, options: dict, repeats: int) -> tuple[list[dict], list[d
         peers.append(run("benchmarks.peer_trainer", options))
         ours.append(run("benchmarks.ours", options | ({"precision": row.precision} if row.precision else {})))
         speeds = [f"{side[-1]['tokens_per_second']:,.0f}" for side in (peers, ours)]
-        say(f"{row.name} {repeat}/{repeats}: Trainer {speeds[0]}, ours {speeds[1]} tokens/s")
+        echo(f"{row.name} {repeat}/{repeats}: Trainer {speeds[0]}, ours {speeds[1]} tokens/s")
     return peers, ours
 
 
@@ -143,7 +143,7 @@ def run(module: str, options: dict | None = None) -> dict:
         command, cwd=workspace.ROOT, env=workspace.surroundings(), capture_output=True, encoding="utf-8"
     )
     if done.returncode:
-        raise Stop(f"{' '.join(command)}\nfailed: {done.stderr[-2000:] or done.stdout[-2000:]}")
+        raise StageError(f"{' '.join(command)}\nfailed: {done.stderr[-2000:] or done.stdout[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -155,7 +155,7 @@ def compare(row: Row, peers: list[dict], ours: list[dict]) -> dict:
     """
     for name in ("steps", "tokens", "trained_parameters"):
         if len({record[name] for record in peers + ours}) > 1:
-            raise Stop(f"{row.name}: {name} differ: Trainer {peers[0][name]:,}, ours {ours[0][name]:,}")
+            raise StageError(f"{row.name}: {name} differ: Trainer {peers[0][name]:,}, ours {ours[0][name]:,}")
     sides = [
         {
             "tokens_per_second": statistics.median(record["tokens_per_second"] for record in side),
@@ -214,9 +214,9 @@ def wall_clocks(model: Path, tokens: Path, folder: Path, repeats: int) -> dict:
         workspace.lay_out(folder, values, base=model, tokens=tokens)
         started = time.perf_counter()
         if error := workspace.run_stage("train", folder):
-            raise Stop(error)
+            raise StageError(error)
         ours.append(time.perf_counter() - started)
-        say(f"{STAGE} {repeat}/{repeats}: Trainer {peers[-1]:.1f} s, ours {ours[-1]:.1f} s")
+        echo(f"{STAGE} {repeat}/{repeats}: Trainer {peers[-1]:.1f} s, ours {ours[-1]:.1f} s")
     shutil.rmtree(folder)
     ratio = statistics.median(ours) / statistics.median(peers)
     return {"trainer": peers, "ours": ours, "ratio": ratio, "goal": STAGE_GOAL, "met": ratio <= STAGE_GOAL}

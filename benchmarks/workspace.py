@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2lora.pipeline.artifacts import digests, file_digest
-from gpt2lora.pipeline.cli import Stop
+from gpt2lora.pipeline.cli import StageError
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
@@ -30,15 +30,15 @@ def settings(items: tuple[str, ...]) -> dict[str, Any]:
     for item in items:
         key, equals, value = item.partition("=")
         if not (key and equals and value):
-            raise Stop(f"--set {item}: expected key=value, for instance train.epochs=1")
+            raise StageError(f"--set {item}: expected key=value, for instance train.epochs=1")
         section = known
         try:
             asked = OmegaConf.to_container(OmegaConf.from_dotlist([item]))
         except Exception as error:  # of PyYAML, whose own kinds OmegaConf lets through
-            raise Stop(f"--set {item}: not a value of YAML: {error}") from error
+            raise StageError(f"--set {item}: not a value of YAML: {error}") from error
         for part in key.split("."):
             if not isinstance(section, dict) or part not in section:
-                raise Stop(f"--set {item}: params.yaml has no {key}")
+                raise StageError(f"--set {item}: params.yaml has no {key}")
             asked, section = asked[part], section[part]
         found[key] = asked
     return found
@@ -117,7 +117,7 @@ def environment() -> dict[str, str]:
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True) if shutil.which("git") else None
     return {
-        "device": device.describe(device.pick_device()),
+        "device": device.device_name(device.pick_device()),
         "versions": ", ".join(
             [f"Python {platform.python_version()}", *(f"{name} {installed(name)}" for name in PACKAGES)]
         ),

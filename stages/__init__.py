@@ -2,17 +2,17 @@
 
 base -> prepare -> tokenize -> train -> evaluate
 
-Each is run as `python -m stages.NAME` from the root of the repository (never `python stages/NAME.py`:
-as a script, stages/tokenize.py would shadow the standard library's `tokenize`).
+Each is run as `python -m stages.NAME` from the root of the repository, never as `python stages/NAME.py`: run as a
+script, stages/tokenize.py would shadow the standard library's `tokenize`.
 """
 
 import importlib.util
 import sys
 
-# DVC starts the stages with whichever `python` comes first on PATH.
-_absent = [name for name in ("click", "omegaconf") if importlib.util.find_spec(name) is None]
-if _absent:
+# DVC runs the stages with the first `python` on PATH, which may not be the environment's.
+_missing = [name for name in ("click", "omegaconf") if importlib.util.find_spec(name) is None]
+if _missing:
     sys.exit(
-        f"Error: {sys.executable} has no {' and no '.join(_absent)}: activate the environment first "
+        f"Error: {sys.executable} has no {' and no '.join(_missing)}: activate the environment first "
         "(`. .venv/bin/activate`; `make install` creates it)"
     )

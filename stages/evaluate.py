@@ -1,4 +1,4 @@
-"""evaluate: base and tuned model on the test split, side by side, by one of three protocols (stages/protocols.py).
+"""evaluate: score the test split under the base and the tuned model, by one of three protocols.
 
 in   data/raw (test.txt), data/tokens, data/base, data/adapter, metrics/loss.csv, params.yaml: evaluate.*
 out  metrics/eval.json: for base and tuned, and as the change from one to the other,
@@ -7,39 +7,33 @@ out  metrics/eval.json: for base and tuned, and as the change from one to the ot
          word_perplexity  exp(summed negative log-likelihood / words of the original text)
          bits_per_byte    summed negative log-likelihood / ln 2 / UTF-8 bytes of the original text
          accuracy, top5_accuracy  share of predicted tokens that are the model's first choice, among its first five
-     and predicted_tokens, words, bytes, windows: what these figures were counted on
-     metrics/positions.csv: loss and accuracy by the place in the window
-     metrics/plots: the same, and how training went, as pictures
-     metrics/report.md: what ran, these figures, all pictures, continuations of three prompts
-     metrics/environment.json: what each stage ran on, and how long
+     and predicted_tokens, words, bytes, windows: the counts behind these metrics
+     metrics/positions.csv: loss and accuracy by the position in the window
+     metrics/plots: both tables, and metrics/loss.csv, as pictures
+     metrics/report.md: what ran, these metrics, all pictures, continuations of three prompts
+     metrics/environment.json: hardware, versions and duration of each stage
 """
 
 import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from gpt2lora.evaluation import plots, report
-from gpt2lora.evaluation.metrics import counts, figures, warn, write_positions
+from gpt2lora.evaluation.metrics import compute_metrics, count_scored, warn_about_metrics, write_positions
 from gpt2lora.pipeline import environment, params
-from gpt2lora.pipeline.artifacts import MANIFEST, need, same, whole
-from gpt2lora.pipeline.cli import Stop, say, stage
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-    from gpt2lora.evaluation.protocols import Task
-    from gpt2lora.model.quantization import Quantization
-
+from gpt2lora.pipeline.artifacts import MANIFEST, atomic_output, require_file, verify_digests
+from gpt2lora.pipeline.cli import StageError, command, echo
 
 PROTOCOLS = ("native", "hf", "lm-eval")
 
 
 @dataclass
-class Evaluate:
+class EvaluateParams:
+    """The section `evaluate` of params.yaml."""
+
     protocol: str
     stride: int | None
     batch_size: int | None
@@ -48,131 +42,90 @@ class Evaluate:
     def __post_init__(self):
         known = self.protocol in PROTOCOLS
         params.require(known, "evaluate.protocol", self.protocol, f"one of {', '.join(PROTOCOLS)}")
-        good = self.stride is None or self.stride > 0
-        params.require(good, "evaluate.stride", self.stride, "an integer above 0, or null")
-        good = self.batch_size is None or self.batch_size > 0
-        params.require(good, "evaluate.batch_size", self.batch_size, "an integer above 0, or null")
+        for name in ("stride", "batch_size"):
+            number = getattr(self, name)
+            valid = number is None or number > 0
+            params.require(valid, f"evaluate.{name}", number, "an integer above 0, or null")
         known = self.precision in params.PRECISIONS
         params.require(known, "evaluate.precision", self.precision, f"one of {', '.join(params.PRECISIONS)}")
 
 
-@stage
+@command
 @click.option("--raw", type=Path, default="data/raw", show_default=True, help="Folder of the text files.")
 @click.option("--tokens", type=Path, default="data/tokens", show_default=True, help="Folder of the token arrays.")
 @click.option("--base", type=Path, default="data/base", show_default=True, help="Folder of the base model.")
 @click.option("--adapter", type=Path, default="data/adapter", show_default=True, help="Folder of the adapter.")
+@click.option("--loss", type=Path, default="metrics/loss.csv", show_default=True, help="File of the training losses.")
+@click.option("--out", type=Path, default="metrics/eval.json", show_default=True, help="File of the metrics.")
 @click.option(
-    "--out",
-    type=Path,
-    default="metrics/eval.json",
-    show_default=True,
-    help="File of the figures; the rest lies beside it.",
+    "--positions", type=Path, default="metrics/positions.csv", show_default=True, help="File of metrics by position."
 )
-@click.option(
-    "--positions", type=Path, default="metrics/positions.csv", show_default=True, help="File of the figures by place."
-)
-@click.option("--loss", type=Path, default="metrics/loss.csv", show_default=True, help="File of the losses by step.")
-def main(raw: Path, tokens: Path, base: Path, adapter: Path, out: Path, positions: Path, loss: Path) -> None:
-    """Score the test split under the base model and under the tuned one."""
+def main(raw: Path, tokens: Path, base: Path, adapter: Path, loss: Path, out: Path, positions: Path) -> None:
+    """Score the test split under the base and the tuned model."""
     started = time.perf_counter()
-    evaluate = params.section("evaluate", Evaluate)
-    from gpt2lora.dataset import blocks
+    evaluate = params.section("evaluate", EvaluateParams)
+    from gpt2lora.dataset.blocks import read_token_manifest
     from gpt2lora.dataset.tokenizer import load_tokenizer
-    from gpt2lora.evaluation import protocols
+    from gpt2lora.evaluation.protocols import build_task, read_test_text
 
-    manifest = blocks.read_manifest(tokens, base)
-    need(loss, "train")
-    same(raw, manifest["raw"], tokens / MANIFEST, "prepare tokenize")
-    block_size = manifest["block_size"]
-    stride = choose_stride(evaluate, block_size)
-    text = protocols.read(raw)
-    tokenizer = load_tokenizer(base)
-    task = lay_out(evaluate.protocol, stride, manifest, text, tokens, tokenizer)
+    plots.read_columns(plots.TRAINING_PLOTS, require_file(loss, "train"))  # a damaged file is reported before scoring
+    manifest = read_token_manifest(tokens, base)
+    verify_digests(raw, manifest["raw"], tokens / MANIFEST, "prepare tokenize")
+    stride = choose_stride(evaluate, manifest["block_size"])
+    text, tokenizer = read_test_text(raw), load_tokenizer(base)
+    task = build_task(evaluate.protocol, stride, manifest, text, tokens, tokenizer)
     if len(task.windows) == 0 or task.words == 0:
-        raise Stop(f"{raw}/test.txt: nothing to score: expected a word at least, and a token to predict")
-    say("evaluate: loading torch and transformers")
-    from gpt2lora.evaluation import samples
+        raise StageError(f"{raw}/test.txt: nothing to score: expected a word at least, and a token to predict")
+
+    echo("evaluate: loading torch and transformers")
+    from gpt2lora.evaluation.samples import choose_prompts, generate_samples
     from gpt2lora.model import device, loading
-    from gpt2lora.scoring.log_likelihood import likelihood
+    from gpt2lora.scoring.log_likelihood import score_windows
 
     dtype = device.compute_dtype(evaluate.precision, device.pick_device())
-    prompts = samples.choose(text, tokenizer, block_size)
-    found, scores, written = {}, {}, {}
+    prompts = choose_prompts(text, tokenizer, manifest["block_size"])
+    scores, metrics, samples = {}, {}, [prompts.ids]
     for name, load in (
         ("base", lambda: loading.load_base(base, None, dtype)),
         ("tuned", lambda: loading.load_tuned(base, adapter, dtype)),
     ):
-        network = load()
-        found[name] = likelihood(network, task.windows, evaluate.batch_size, dtype, f"test, {name}")
-        scores[name] = figures(found[name], task)  # stops at a broken model, which can write nothing
-        written[name] = samples.write(network, prompts, manifest["end_of_text_id"])
-        del network
-        say(f"evaluate: {name:6} " + "  ".join(f"{figure} {value:.4f}" for figure, value in scores[name].items()))
-        warn(name, scores[name])
-    scores["change"] = {figure: scores["tuned"][figure] - scores["base"][figure] for figure in scores["base"]}
-    scores |= counts(task)
-    with whole(positions) as table, whole(out) as file:
-        write_positions(table, task.windows, found, block_size)
-        file.write_text(json.dumps(scores, indent=2) + "\n")
+        model = load()
+        scores[name] = score_windows(model, task.windows, evaluate.batch_size, dtype, f"test, {name}")
+        metrics[name] = compute_metrics(scores[name], task)  # stops if the model is broken, which cannot generate
+        samples.append(generate_samples(model, prompts, manifest["end_of_text_id"]))
+        del model
+        echo(f"evaluate: {name:6} " + "  ".join(f"{key} {value:.4f}" for key, value in metrics[name].items()))
+        warn_about_metrics(name, metrics[name])
+    metrics["change"] = {key: metrics["tuned"][key] - metrics["base"][key] for key in metrics["base"]}
+    metrics |= count_scored(task)
 
-    for kinds, table in ((plots.TRAINING, loss), (plots.TEST, positions)):
-        plots.draw(kinds, table, out.parent / "plots")
-    texts = (map(tokenizer.decode, ids) for ids in (prompts.ids, written["base"], written["tuned"]))
-    makers = {"base": base, "prepare": raw, "tokenize": tokens, "train": adapter}
-    records = {stage: environment.read(made, stage) for stage, made in makers.items()}
-    facts = {"method": in_words(*loading.load_method(adapter)), "scored": scored(evaluate.protocol, manifest, stride)}
-    records["evaluate"] = environment.describe(started, **facts, precision=str(dtype).removeprefix("torch."))
-    write_report(out.parent, scores, records, list(zip(*texts, strict=True)))
-    say(f"evaluate: {out.parent}/report.md shows it all")
+    with atomic_output(positions) as table, atomic_output(out) as file:
+        write_positions(table, task.windows, scores, manifest["block_size"])
+        file.write_text(json.dumps(metrics, indent=2) + "\n")
+    plots.draw_plots(plots.TRAINING_PLOTS, loss, out.parent / "plots")
+    plots.draw_plots(plots.TEST_PLOTS, positions, out.parent / "plots")
+    outputs = {"base": base, "prepare": raw, "tokenize": tokens, "train": adapter}
+    records = {stage: environment.read_record(folder, stage) for stage, folder in outputs.items()}
+    facts = {
+        "method": report.describe_method(*loading.read_method(adapter)),
+        "scored": report.describe_scoring(evaluate.protocol, manifest, stride),
+        "precision": str(dtype).removeprefix("torch."),
+    }
+    records["evaluate"] = environment.describe_run(started, **facts)
+    decoded = [[tokenizer.decode(ids) for ids in column] for column in samples]
+    report.write_report(out.parent, metrics, records, list(zip(*decoded, strict=True)))
+    echo(f"evaluate: {out.parent}/report.md shows all results")
 
 
-def choose_stride(evaluate: Evaluate, block_size: int) -> int:
-    """Return the tokens from one window to the next: those asked for, else as many as a window holds."""
+def choose_stride(evaluate: EvaluateParams, block_size: int) -> int:
+    """Return the tokens from one window to the next: evaluate.stride, or by default the block size."""
     if evaluate.stride is None:
         return block_size
     if evaluate.protocol == "lm-eval":
-        raise params.wrong("evaluate.stride", evaluate.stride, "null, since lm-eval has a stride of its own")
+        raise params.invalid("evaluate.stride", evaluate.stride, "null, since lm-eval has a stride of its own")
     if evaluate.stride > block_size:
-        raise params.wrong("evaluate.stride", evaluate.stride, f"1 to {block_size}, the block size, or null")
+        raise params.invalid("evaluate.stride", evaluate.stride, f"1 to {block_size}, the block size, or null")
     return evaluate.stride
-
-
-def lay_out(protocol: str, stride: int, manifest: dict, text: str, tokens: Path, tokenizer: "Tokenizer") -> "Task":
-    """Return what `protocol` scores of the test split, whose text is given."""
-    from gpt2lora.dataset import blocks
-    from gpt2lora.evaluation import protocols
-
-    if protocol == "native":
-        return protocols.native(blocks.load(tokens, "test"), manifest["layout"], text, tokenizer, stride)
-    if protocol == "hf":
-        return protocols.hf(text, tokenizer, manifest["block_size"], stride)
-    return protocols.lm_eval(text, tokenizer, manifest["end_of_text_id"], manifest["block_size"])
-
-
-def in_words(method: str, quantization: "Quantization | None") -> str:
-    if quantization is None:
-        return method
-    double = ", its scales quantised too" if quantization.double_quant else ""
-    kind = f" ({quantization.quant_type}{double})" if quantization.bits == 4 else ""
-    return f"{method}, on a base of {quantization.bits} bits{kind}"
-
-
-def scored(protocol: str, manifest: dict, stride: int) -> str:
-    windows = f"{protocol}, in windows of {manifest['block_size']:,} tokens"
-    if protocol == "lm-eval":
-        return windows
-    if protocol == "native" and manifest["layout"] == "padded":
-        return f"{protocol}, each paragraph by itself, of at most {manifest['block_size']:,} tokens"
-    return f"{windows}, {stride:,} apart"
-
-
-def write_report(folder: Path, scores: dict, records: dict[str, dict | None], texts: list[tuple[str, ...]]) -> None:
-    """Write environment.json and report.md, which shows all pictures."""
-    with whole(folder / "environment.json") as file:
-        file.write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
-    pictures = [Path("plots") / plot.file for plot in (*plots.TEST, *plots.TRAINING)]
-    with whole(folder / "report.md") as file:
-        file.write_text(report.render(scores, records, texts, pictures), encoding="utf-8")
 
 
 if __name__ == "__main__":

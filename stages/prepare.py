@@ -1,8 +1,8 @@
 """prepare: the corpus as three text files, from the hub, a folder, a single file, or the embedded sample.
 
 in   params.yaml: preset, presets.<preset>.dataset, .dataset_config, .dataset_revision, prepare.*, seed
-out  data/raw/{train,validation,test}.txt, UTF-8; manifest.json, their digests
-     data/environment/prepare.json: what ran where, and how long
+out  data/raw/{train,validation,test}.txt, UTF-8; manifest.json with their digests
+     data/environment/prepare.json: hardware, versions and duration
 """
 
 import json
@@ -15,14 +15,14 @@ import click
 
 from gpt2lora.dataset import articles
 from gpt2lora.pipeline import environment, params
-from gpt2lora.pipeline.artifacts import MANIFEST, digests, whole
-from gpt2lora.pipeline.cli import Stop, say, stage
+from gpt2lora.pipeline.artifacts import MANIFEST, atomic_output, digests
+from gpt2lora.pipeline.cli import StageError, command, echo
 from gpt2lora.sample import corpus
 from gpt2lora.sources import hub, local
-from gpt2lora.sources.hub import line
+from gpt2lora.sources.hub import restore_line
 from gpt2lora.sources.local import read_text
 
-NAMES = {
+SPLIT_FILES = {
     "train": ("train.txt",),
     "validation": ("validation.txt", "valid.txt", "dev.txt"),
     "test": ("test.txt",),
@@ -31,9 +31,11 @@ SAMPLE_PACKAGE = "datasets"
 
 
 @dataclass
-class Prepare:
-    fraction: float  # share of each split's articles that is kept
-    validation_share: float  # of a corpus that comes as one text
+class PrepareParams:
+    """The section `prepare` of params.yaml."""
+
+    fraction: float  # share of each split's articles to keep
+    validation_share: float  # of a corpus in a single file
     test_share: float
 
     def __post_init__(self):
@@ -45,83 +47,89 @@ class Prepare:
         params.require(both < 1, "prepare.validation_share + test_share", both, "a sum below 1")
 
 
-@stage
+@command
 @click.option("--out", type=Path, default="data/raw", show_default=True, help="Folder of the three text files.")
 def main(out: Path) -> None:
     """Fetch the corpus and split it into train, validation and test."""
     started = time.perf_counter()
-    name = params.chosen("preset", "presets")
-    preset = params.section(f"presets.{name}", params.Preset)
-    prepare = params.section("prepare", Prepare)
+    name = params.choice("preset", "presets")
+    preset = params.section(f"presets.{name}", params.PresetParams)
+    prepare = params.section("prepare", PrepareParams)
     seed = params.seed()
     shares = (prepare.validation_share, prepare.test_share)
 
-    say(f"prepare: reading {preset.dataset}")
+    echo(f"prepare: reading {preset.dataset}")
     if preset.dataset == local.SAMPLE:
-        splits = split_articles(corpus.articles(corpus.package_folder(SAMPLE_PACKAGE)), *shares, seed)
-    elif source := local.local(f"presets.{name}.dataset", preset.dataset, preset.dataset_revision):
+        splits = assign_articles(corpus.docstring_articles(corpus.package_folder(SAMPLE_PACKAGE)), *shares, seed)
+    elif source := local.resolve_local_path(f"presets.{name}.dataset", preset.dataset, preset.dataset_revision):
         splits = read_folder(source) if source.is_dir() else split_text(source, *shares, seed)
     else:
         rows = hub.fetch_dataset(preset.dataset, preset.dataset_config, preset.dataset_revision)
-        splits = {split: "".join(map(line, rows[split])) for split in NAMES}
+        splits = {split: "".join(map(restore_line, rows[split])) for split in SPLIT_FILES}
 
-    with whole(out) as folder:
+    with atomic_output(out) as folder:
         folder.mkdir()
         for split, text in splits.items():
-            text = take(text, prepare.fraction, seed)
+            text = take_fraction(text, prepare.fraction, seed)
             if not text.strip():
-                raise Stop(f"{preset.dataset}: the {split} split is empty: add text, or raise the shares under prepare")
+                raise StageError(
+                    f"{preset.dataset}: the {split} split is empty: add text, or raise the shares under prepare"
+                )
             (folder / f"{split}.txt").write_bytes(text.encode())
-            say(f"prepare: {split:10} {len(text):>12,} characters, {len(articles.split(text)):>7,} articles")
+            echo(f"prepare: {split:10} {len(text):>12,} characters, {len(articles.split_articles(text)):>7,} articles")
         (folder / MANIFEST).write_text(json.dumps({"files": digests(folder)}, indent=2) + "\n")
-    environment.write(out, "prepare", started, dataset=preset.dataset, revision=preset.dataset_revision)
+    environment.write_record(out, "prepare", started, dataset=preset.dataset, revision=preset.dataset_revision)
 
 
 def read_folder(folder: Path) -> dict[str, str]:
-    return {split: read_text(find(folder, names)) for split, names in NAMES.items()}
+    """Return the text of each split in a folder."""
+    return {split: read_text(find_split(folder, names)) for split, names in SPLIT_FILES.items()}
 
 
-def find(folder: Path, names: tuple[str, ...]) -> Path:
+def find_split(folder: Path, names: tuple[str, ...]) -> Path:
+    """Return the first of the named files that exists."""
     for name in names:
         if (folder / name).is_file():
             return folder / name
-    raise Stop(f"{folder}: no {' or '.join(names)}: expected train.txt, validation.txt (or valid, dev) and test.txt")
+    raise StageError(
+        f"{folder}: no {' or '.join(names)}: expected train.txt, validation.txt (or valid, dev) and test.txt"
+    )
 
 
 def split_text(path: Path, validation_share: float, test_share: float, seed: int) -> dict[str, str]:
-    """Split one text by whole articles or, where it has fewer than three, by lines in their order."""
+    """Split one text at random by whole articles, or, if it has fewer than three, by lines in their order."""
     text = read_text(path)
-    pieces = articles.split(text)
-    if len(pieces) >= 3:
-        return split_articles(pieces, validation_share, test_share, seed)
+    texts = articles.split_articles(text)
+    if len(texts) >= 3:
+        return assign_articles(texts, validation_share, test_share, seed)
     lines = text.splitlines(keepends=True)
     if len(lines) < 3:
-        raise Stop(f"{path}: {len(lines)} lines: expected at least three articles or three lines to split")
-    return {split: "".join(part) for split, part in cut(lines, validation_share, test_share).items()}
+        raise StageError(f"{path}: {len(lines)} lines: expected at least three articles or three lines to split")
+    return {split: "".join(part) for split, part in partition(lines, validation_share, test_share).items()}
 
 
-def split_articles(pieces: list[str], validation_share: float, test_share: float, seed: int) -> dict[str, str]:
-    """Share whole articles out at random; within a split they keep their order."""
-    places = random.Random(seed).sample(range(len(pieces)), len(pieces))
-    parts = cut(places, validation_share, test_share)
-    return {split: "".join(pieces[place] for place in sorted(part)) for split, part in parts.items()}
+def assign_articles(texts: list[str], validation_share: float, test_share: float, seed: int) -> dict[str, str]:
+    """Assign whole articles to the splits at random; within a split they keep their order."""
+    shuffled = random.Random(seed).sample(range(len(texts)), len(texts))
+    parts = partition(shuffled, validation_share, test_share)
+    return {split: "".join(texts[index] for index in sorted(part)) for split, part in parts.items()}
 
 
-def cut(items: list, validation_share: float, test_share: float) -> dict[str, list]:
-    """Cut a list of three items or more in three, none empty: train first, then validation, then test."""
+def partition(items: list, validation_share: float, test_share: float) -> dict[str, list]:
+    """Split a list of at least three items into train, validation and test, in this order, none of them empty."""
     test = min(max(1, round(len(items) * test_share)), len(items) - 2)
     validation = min(max(1, round(len(items) * validation_share)), len(items) - test - 1)
     edge = len(items) - validation - test
     return {"train": items[:edge], "validation": items[edge : edge + validation], "test": items[edge + validation :]}
 
 
-def take(text: str, fraction: float, seed: int) -> str:
-    """Keep a share of a split's articles, at least one, chosen at random; they keep their order."""
+def take_fraction(text: str, fraction: float, seed: int) -> str:
+    """Keep a random share of a split's articles, at least one, in their order."""
     if fraction == 1:
         return text
-    pieces = articles.split(text)
-    count = min(len(pieces), max(1, round(len(pieces) * fraction)))
-    return "".join(pieces[place] for place in sorted(random.Random(seed).sample(range(len(pieces)), count)))
+    texts = articles.split_articles(text)
+    count = min(len(texts), max(1, round(len(texts) * fraction)))
+    return "".join(texts[index] for index in sorted(random.Random(seed).sample(range(len(texts)), count)))
 
 
 if __name__ == "__main__":

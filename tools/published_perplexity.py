@@ -11,14 +11,14 @@ from pathlib import Path
 
 import click
 
-from gpt2lora.dataset.tokenizer import end_of_text, load_tokenizer
+from gpt2lora.dataset.tokenizer import end_of_text_id, load_tokenizer
 from gpt2lora.evaluation import protocols
-from gpt2lora.evaluation.metrics import figures
+from gpt2lora.evaluation.metrics import compute_metrics
 from gpt2lora.pipeline import params
-from gpt2lora.pipeline.artifacts import need
-from gpt2lora.pipeline.cli import Stop, say, stage
+from gpt2lora.pipeline.artifacts import require_file
+from gpt2lora.pipeline.cli import StageError, command, echo
 from gpt2lora.sources import hub
-from gpt2lora.sources.hub import line
+from gpt2lora.sources.hub import restore_line
 from gpt2lora.sources.local import read_text
 from stages.tokenize import choose_block_size
 
@@ -26,7 +26,7 @@ PUBLISHED = (29.94, 25.2, 37.37)
 TOLERANCE = 0.1
 
 
-@stage
+@command
 @click.option("--base", type=Path, help="Folder of the model.  [default: presets.gpt2's, from the hub]")
 @click.option("--text", type=Path, help="File of the raw test split.  [default: presets.gpt2's, from the hub]")
 @click.option(
@@ -40,47 +40,47 @@ TOLERANCE = 0.1
 @click.option("--batch-size", type=click.IntRange(1), help="Windows read at once.  [default: as many as fit well]")
 def main(base: Path | None, text: Path | None, published: tuple[float, ...], batch_size: int | None) -> None:
     """Score GPT-2 124M, untuned and in fp32, by each protocol with a published figure; fail where one is off by 0.1."""
-    preset = params.section("presets.gpt2", params.Preset)
+    preset = params.section("presets.gpt2", params.PresetParams)
     folder = base or hub.fetch_model(preset.model, preset.model_revision)
     content = read_text(text) if text else fetch_test(preset)
     measured = measure(folder, content, batch_size)
 
-    say(f"\n{'perplexity':32}{'published':>12}{'measured':>12}{'difference':>12}")
+    echo(f"\n{'perplexity':32}{'published':>12}{'measured':>12}{'difference':>12}")
     wrong = []
     for (name, value), expected in zip(measured.items(), published, strict=True):
-        say(f"{name:32}{expected:12.4f}{value:12.4f}{value - expected:+12.4f}")
+        echo(f"{name:32}{expected:12.4f}{value:12.4f}{value - expected:+12.4f}")
         if not abs(value - expected) <= TOLERANCE:
             wrong.append(name)
     if wrong:
-        raise Stop(f"gate: off by more than {TOLERANCE}: {', '.join(wrong)}")
+        raise StageError(f"gate: off by more than {TOLERANCE}: {', '.join(wrong)}")
 
 
-def fetch_test(preset: params.Preset) -> str:
+def fetch_test(preset: params.PresetParams) -> str:
     rows = hub.fetch_dataset(preset.dataset, preset.dataset_config, preset.dataset_revision)["test"]
-    return "".join(map(line, rows))
+    return "".join(map(restore_line, rows))
 
 
 def measure(base: Path, text: str, batch_size: int | None) -> dict[str, float]:
     """Return the three perplexities of the model in `base` on a raw test split."""
-    config = json.loads(need(base / "config.json", "base").read_text(encoding="utf-8"))
+    config = json.loads(require_file(base / "config.json", "base").read_text(encoding="utf-8"))
     tokenizer = load_tokenizer(base)
     context = choose_block_size(None, config)
-    end = end_of_text(base, config, tokenizer)
-    say("gate: loading torch and transformers")
+    end = end_of_text_id(base, config, tokenizer)
+    echo("gate: loading torch and transformers")
     import torch
 
     from gpt2lora.model.loading import load_base
-    from gpt2lora.scoring.log_likelihood import likelihood
+    from gpt2lora.scoring.log_likelihood import score_windows
 
     network = load_base(base, None, torch.float32)
     measured = {}
     for name, figure, task in (
-        (f"hf, stride {context}", "perplexity", protocols.hf(text, tokenizer, context, context)),
-        (f"hf, stride {context // 2}", "perplexity", protocols.hf(text, tokenizer, context, context // 2)),
-        ("lm-eval, by words", "word_perplexity", protocols.lm_eval(text, tokenizer, end, context)),
+        (f"hf, stride {context}", "perplexity", protocols.hf_task(text, tokenizer, context, context)),
+        (f"hf, stride {context // 2}", "perplexity", protocols.hf_task(text, tokenizer, context, context // 2)),
+        ("lm-eval, by words", "word_perplexity", protocols.lm_eval_task(text, tokenizer, end, context)),
     ):
-        found = likelihood(network, task.windows, batch_size, torch.float32, name)
-        measured[name] = figures(found, task)[figure]
+        found = score_windows(network, task.windows, batch_size, torch.float32, name)
+        measured[name] = compute_metrics(found, task)[figure]
     return measured
 
 

@@ -1,7 +1,7 @@
-"""generate: a prompt, continued by the tuned model or by its base.
+"""generate: continue a prompt with the tuned model or with its base.
 
 in   data/base, data/adapter
-out  the prompt and its continuation on stdout, as the tokens come; which model on which device on stderr
+out  stdout: the prompt and its continuation, token by token; stderr: the model and the device
 """
 
 import math
@@ -10,26 +10,26 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gpt2lora.dataset.tokenizer import end_of_text, load_tokenizer, longest_context
-from gpt2lora.pipeline.artifacts import read_json, unchanged
-from gpt2lora.pipeline.cli import Stop, stage
+from gpt2lora.dataset.tokenizer import end_of_text_id, load_tokenizer, max_context
+from gpt2lora.pipeline.artifacts import read_json, verify_folder
+from gpt2lora.pipeline.cli import StageError, command
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-
 BASE, ADAPTER = Path("data/base"), Path("data/adapter")
 
 
-def number(context: click.Context, option: click.Parameter, value: float) -> float:
-    if math.isnan(value):  # which is outside no range
+def reject_nan(context: click.Context, option: click.Parameter, value: float) -> float:
+    """Refuse NaN, which click.FloatRange accepts."""
+    if math.isnan(value):
         raise click.BadParameter("nan is not a number")
     return value
 
 
-@stage
+@command
 @click.argument("prompt")
-@click.option("--base", is_flag=True, help="Ask the base model in floats, as it was before training.")
+@click.option("--base", is_flag=True, help="Use the base model, in floats, as before training.")
 @click.option(
     "--max-new-tokens", type=click.IntRange(min=1), default=100, show_default=True, help="Fewer if the text ends."
 )
@@ -38,50 +38,50 @@ def number(context: click.Context, option: click.Parameter, value: float) -> flo
     type=click.FloatRange(0.01, 100),
     default=1.0,
     show_default=True,
-    callback=number,
-    help="Divides the logits: below 1 the likely tokens gain, above 1 the unlikely ones.",
+    callback=reject_nan,
+    help="Divides the logits: below 1 makes likely tokens likelier, above 1 unlikely ones.",
 )
 @click.option(
-    "--top-k", type=click.IntRange(min=0), default=50, show_default=True, help="Draw among the k likeliest; 0: all."
+    "--top-k", type=click.IntRange(min=0), default=50, show_default=True, help="Sample among the k likeliest; 0: all."
 )
 @click.option(
     "--top-p",
     type=click.FloatRange(0, 1, min_open=True),
     default=1.0,
     show_default=True,
-    callback=number,
-    help="Draw among the likeliest that hold this share of the probability.",
+    callback=reject_nan,
+    help="Sample among the likeliest that hold this share of the probability.",
 )
 @click.option(
     "--repetition-penalty",
     type=click.FloatRange(0.01, 100),
     default=1.0,
     show_default=True,
-    callback=number,
-    help="Above 1, tokens that occurred already lose.",
+    callback=reject_nan,
+    help="Above 1, tokens that occurred already become less likely.",
 )
-@click.option("--greedy", is_flag=True, help="Always the likeliest token: no temperature, top-k, top-p or seed.")
+@click.option("--greedy", is_flag=True, help="Always take the likeliest token: no temperature, top-k, top-p or seed.")
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True, help="Same seed, same text.")
 def main(prompt: str, base: bool, max_new_tokens: int, greedy: bool, seed: int, **sampling: float) -> None:
     """Continue PROMPT with the tuned model. An empty PROMPT begins a new text."""
-    unchanged(BASE, "base")
+    verify_folder(BASE, "base")
     config = read_json(BASE / "config.json", "base", "vocab_size")
     tokenizer = load_tokenizer(BASE)
-    end = end_of_text(BASE, config, tokenizer)
-    ids = encode(tokenizer, prompt) or [end]  # each text but a corpus's first follows the end of another
+    end = end_of_text_id(BASE, config, tokenizer)
+    ids = encode_prompt(tokenizer, prompt) or [end]  # in training, a text follows the end of another
     check_length(len(ids), max_new_tokens, config)
     import torch
     from transformers import TextStreamer
 
     from gpt2lora.model import device, loading
 
-    network = loading.load_base(BASE, None, torch.float32) if base else loading.load_tuned(BASE, ADAPTER, torch.float32)
-    place = device.pick_device()
-    name = "base model" if base else f"tuned model ({loading.load_method(ADAPTER)[0]})"
-    click.echo(f"generate: {name} on {device.describe(place)}, {'greedy' if greedy else f'seed {seed}'}", err=True)
+    model = loading.load_base(BASE, None, torch.float32) if base else loading.load_tuned(BASE, ADAPTER, torch.float32)
+    target = device.pick_device()
+    name = "base model" if base else f"tuned model ({loading.read_method(ADAPTER)[0]})"
+    click.echo(f"generate: {name} on {device.device_name(target)}, {'greedy' if greedy else f'seed {seed}'}", err=True)
     torch.manual_seed(seed)
-    inputs = torch.tensor([ids], device=place)
-    network.eval().generate(
+    inputs = torch.tensor([ids], device=target)
+    model.eval().generate(
         input_ids=inputs,
         attention_mask=torch.ones_like(inputs),
         pad_token_id=end,
@@ -94,25 +94,22 @@ def main(prompt: str, base: bool, max_new_tokens: int, greedy: bool, seed: int, 
     )
 
 
-def encode(tokenizer: "Tokenizer", prompt: str) -> list[int]:
-    """Return the ids of a prompt, in which the characters <|endoftext|>, unlike in a corpus, are the token."""
+def encode_prompt(tokenizer: "Tokenizer", prompt: str) -> list[int]:
+    """Return the ids of a prompt. Unlike in a corpus, the characters <|endoftext|> stand for the token."""
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
-        raise Stop("the prompt is not UTF-8") from error
+        raise StageError("the prompt is not UTF-8") from error
     tokenizer.encode_special_tokens = False
     return tokenizer.encode(prompt, add_special_tokens=False).ids
 
 
 def check_length(prompt: int, new: int, config: dict) -> None:
-    positions = longest_context(config) or math.inf
+    """Refuse a prompt that together with the new tokens is longer than the model's context."""
+    positions = max_context(config) or math.inf
     if prompt + new > positions:
         advice = f"at most --max-new-tokens {positions - prompt}" if prompt < positions else "shorten the prompt"
-        raise Stop(
+        raise StageError(
             f"{prompt:,} tokens of the prompt and {new:,} new ones are {prompt + new:,}, the model has {positions:,} "
             f"positions: {advice}"
         )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,31 +1,36 @@
-"""Protocols: what of the test split is scored, from which context, and what words and bytes it counts as.
+"""Evaluation protocols: which tokens of the test split are scored, with which context, and how words and bytes count.
 
-- native: the tokens as they are trained, laid out by `tokenize`. Packed, the articles are one stream, separated by
-  the end-of-text token, which the model has learnt to predict: it counts as a predicted token, but as no word and
-  no byte. Padded, each paragraph is scored by itself, with the end-of-text token that ends it.
-- hf: the one text of the perplexity page in transformers' documentation: the hub's rows joined by two newlines.
+- native: the tokens as in training, in the layout of `tokenize`. Packed, the articles are one stream, separated by the
+  end-of-text token: the model learned to predict it, so it counts as a scored token, but not as a word or byte. Padded,
+  each paragraph is scored by itself, with the end-of-text token at its end.
+- hf: the text of the perplexity page in transformers' documentation: the hub's rows joined by two newlines.
   https://huggingface.co/docs/transformers/perplexity
-- lm-eval: the task `wikitext` of EleutherAI's lm-evaluation-harness: each article by itself, rolling windows, the
-  first token predicted from the end-of-text token; detokenised text is scored, the original one's words are counted.
+- lm-eval: the task `wikitext` of EleutherAI's lm-evaluation-harness: each article by itself, in rolling windows, its
+  first token predicted from the end-of-text token. Detokenized text is scored, words of the original text are counted.
   https://github.com/EleutherAI/lm-evaluation-harness/tree/main/lm_eval/tasks/wikitext
 
-Words are separated by white space and bytes are those of UTF-8, both of the original text. lm-eval counts words its
-own way, the empty ones at the ends of an article included.
+Words (separated by white space) and UTF-8 bytes are those of the original text. lm-eval counts words in its own way,
+with empty ones at the ends of an article.
 """
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gpt2lora.dataset import blocks
-from gpt2lora.dataset.tokenizer import encode, paragraphs
-from gpt2lora.scoring import windows
+from gpt2lora.dataset.blocks import Blocks, load_blocks
+from gpt2lora.dataset.tokenizer import encode_texts, split_paragraphs
+from gpt2lora.pipeline.artifacts import require_file
+from gpt2lora.scoring.windows import Windows, block_windows, rolling_windows, sliding_windows, unpack_stream
 
-# The detokeniser of lm-evaluation-harness (preprocess_wikitext.py, version 2.0 of the task), in its order and with
-# its slips: the rule on digits matches slashes, and so no text; N becomes 1.
-DETOKENISER = tuple(
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+# The detokenizer of lm-evaluation-harness (preprocess_wikitext.py, version 2.0 of the task), in the same order and with
+# its mistakes: the rule on digits matches slashes, so it never applies; N becomes 1.
+DETOKENIZER = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"s '", "s'"),
@@ -55,81 +60,94 @@ DETOKENISER = tuple(
 class Task:
     """What is scored, and how many words and UTF-8 bytes of the original text that is."""
 
-    windows: windows.Windows
+    windows: Windows
     words: int
     bytes: int
 
 
-def native(test: blocks.Rows, layout: str, text: str, tokenizer, stride: int) -> Task:
-    """Score the rows of `tokenize`: packed ones as the stream they were cut from, padded ones each by itself.
+def build_task(protocol: str, stride: int, manifest: dict, text: str, tokens: Path, tokenizer: "Tokenizer") -> Task:
+    """Return what a protocol scores.
 
     Args:
-        text: the test split, which `test` holds the tokens of.
-        tokenizer: the base model's; needed only to find how much of a padded paragraph its row holds.
+        protocol: "native", "hf" or "lm-eval". stride: tokens from one window to the next.
+        manifest: of the folder `tokens`, data/tokens.
+        text: the test split.
+    """
+    if protocol == "native":
+        return native_task(load_blocks(tokens, "test"), manifest["layout"], text, tokenizer, stride)
+    if protocol == "hf":
+        return hf_task(text, tokenizer, manifest["block_size"], stride)
+    return lm_eval_task(text, tokenizer, manifest["end_of_text_id"], manifest["block_size"])
+
+
+def native_task(test: Blocks, layout: str, text: str, tokenizer: "Tokenizer", stride: int) -> Task:
+    """Score packed blocks as the stream that they were cut from, padded ones each by itself.
+
+    Args:
+        text: the test split, whose tokens `test` holds.
+        tokenizer: needed to find how much of a truncated paragraph its row holds.
     """
     if layout == "packed":
-        laid = windows.slide([windows.unpack(test)], test.ids.shape[1] - 1, stride)
-        return Task(laid, len(text.split()), len(text.encode()))
-    kept = [held(paragraph, tokenizer, test.ids.shape[1]) for paragraph in paragraphs(text)]
-    return Task(windows.of_rows(test), sum(len(part.split()) for part in kept), sum(len(p.encode()) for p in kept))
+        windows = sliding_windows([unpack_stream(test)], test.ids.shape[1] - 1, stride)
+        return Task(windows, len(text.split()), len(text.encode()))
+    kept = [paragraph_in_row(paragraph, tokenizer, test.ids.shape[1]) for paragraph in split_paragraphs(text)]
+    return Task(block_windows(test), sum(len(part.split()) for part in kept), sum(len(part.encode()) for part in kept))
 
 
-def hf(text: str, tokenizer, context: int, stride: int) -> Task:
-    """Score the hub's rows joined by two newlines, in windows that slide.
+def hf_task(text: str, tokenizer: "Tokenizer", context: int, stride: int) -> Task:
+    """Score the hub's rows joined by two newlines, in sliding windows.
 
-    The documentation's loop reads the same windows but never uses the last logits of one. Here they predict the
-    token that follows, so that at a stride of `context`, too, every token but the first is predicted; and each token
-    weighs the same, where the loop takes one token fewer for each window's weight. On WikiText-2 both change GPT-2's
-    perplexity by less than 0.1 %.
+    The documentation's loop reads the same windows but never uses the last logits of a window. Here they predict the
+    next token, so that every token except the first is predicted, at a stride of `context` too. Here all tokens have
+    the same weight; the loop weights each window by one token less than it scores. On WikiText-2 both differences
+    change GPT-2's perplexity by less than 0.1 %.
     """
-    ids = list(encode(tokenizer, ["\n\n".join(hub_rows(text))], np.uint32))
-    return Task(windows.slide(ids, context, stride), len(text.split()), len(text.encode()))
+    ids = list(encode_texts(tokenizer, ["\n\n".join(hub_rows(text))], np.uint32))
+    return Task(sliding_windows(ids, context, stride), len(text.split()), len(text.encode()))
 
 
-def lm_eval(text: str, tokenizer, end: int, context: int) -> Task:
-    """Score each page by itself in rolling windows; `end` is what its first token is predicted from."""
-    found = pages(text)
-    texts = [
-        np.append(np.uint32(end), ids) for ids in encode(tokenizer, [detokenise(page) for page in found], np.uint32)
-    ]
-    words = sum(len(re.split(r"\s+", page)) for page in found)
-    return Task(windows.roll(texts, context), words, sum(len(page.encode()) for page in found))
+def lm_eval_task(text: str, tokenizer: "Tokenizer", end: int, context: int) -> Task:
+    """Score each page by itself in rolling windows; its first token is predicted from the id `end`."""
+    pages = split_pages(text)
+    encoded = encode_texts(tokenizer, [detokenize(page) for page in pages], np.uint32)
+    texts = [np.append(np.uint32(end), ids) for ids in encoded]
+    words = sum(len(re.split(r"\s+", page)) for page in pages)
+    return Task(rolling_windows(texts, context), words, sum(len(page.encode()) for page in pages))
 
 
-def held(paragraph: str, tokenizer, width: int) -> str:
-    """Return what of a paragraph stands in a row of `width` ids."""
+def paragraph_in_row(paragraph: str, tokenizer: "Tokenizer", width: int) -> str:
+    """Return the part of a paragraph that a row of `width` ids holds."""
     encoding = tokenizer.encode(paragraph, add_special_tokens=False)
     return paragraph if len(encoding.ids) <= width else paragraph[: encoding.offsets[width - 1][1]]
 
 
 def hub_rows(text: str) -> list[str]:
-    """Return the rows that Salesforce/wikitext has for a file of the release: its lines, blank ones as nothing."""
+    """Return the rows of Salesforce/wikitext for a file of the original release: its lines, blank ones as ""."""
     return [line if line.strip() else "" for line in re.findall(r"[^\n]*\n|[^\n]+\Z", text)]
 
 
-def pages(text: str) -> list[str]:
-    """Cut a text into pages as EleutherAI/wikitext_document_level does, by lines: formulas that look like a title cut.
+def split_pages(text: str) -> list[str]:
+    """Split a text into the pages of EleutherAI/wikitext_document_level, which also splits at formulas like a title.
 
-    The test split of WikiText-2 has 62, two more than it has articles.
+    The test split of WikiText-2 has 62 pages, two more than articles.
     """
-    found, page = [], []
+    pages, page = [], []
     for line in text.split("\n"):
         flat = line.replace("= = =", "===").replace("= =", "==").strip()
         if flat.startswith("= ") and flat.endswith(" ="):
-            found.append("\n".join(page))
+            pages.append("\n".join(page))
             page = []
         page.append(line)
-    return [done for done in found if done.strip()] + ["\n".join(page)]
+    return [page for page in pages if page.strip()] + ["\n".join(page)]
 
 
-def detokenise(page: str) -> str:
-    for pattern, replacement in DETOKENISER:
+def detokenize(page: str) -> str:
+    """Undo WikiText's tokenization as lm-evaluation-harness does."""
+    for pattern, replacement in DETOKENIZER:
         page = pattern.sub(replacement, page)
     return page
 
 
-def read(raw: Path) -> str:
-    """Return the test split's text, every byte of it."""
-    from gpt2lora.pipeline.artifacts import need
-
-    return need(raw / "test.txt", "prepare").read_bytes().decode("utf-8")
+def read_test_text(raw: Path) -> str:
+    """Return the test split without translating newlines."""
+    return require_file(raw / "test.txt", "prepare").read_bytes().decode("utf-8")

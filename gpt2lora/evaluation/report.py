@@ -1,11 +1,22 @@
-"""metrics/report.md: what ran, base against tuned in figures, pictures and words. GitHub and most editors show it."""
+"""metrics/report.md and metrics/environment.json: what ran, base and tuned model in metrics, pictures and samples.
 
+GitHub and most editors show the report.
+"""
+
+import json
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-# What Markdown, or HTML in it, may take for more than a character; `$` is mathematics on GitHub.
-MARKS = re.compile(r"[\\`*_\[\]<>&|~$#]")
-FIGURES = {  # of metrics/eval.json: name, factor, decimals
+from gpt2lora.evaluation.plots import TEST_PLOTS, TRAINING_PLOTS
+from gpt2lora.pipeline.artifacts import atomic_output
+
+if TYPE_CHECKING:
+    from gpt2lora.model.quantization import QuantizationParams
+
+# Characters that Markdown, or HTML in it, may interpret; `$` starts mathematics on GitHub.
+MARKDOWN_CHARACTERS = re.compile(r"[\\`*_\[\]<>&|~$#]")
+METRIC_ROWS = {  # of metrics/eval.json: name, factor, decimals
     "loss": ("loss (nats/token)", 1, 4),
     "perplexity": ("perplexity", 1, 2),
     "word_perplexity": ("word perplexity", 1, 2),
@@ -13,94 +24,128 @@ FIGURES = {  # of metrics/eval.json: name, factor, decimals
     "accuracy": ("accuracy (%)", 100, 2),
     "top5_accuracy": ("top-5 accuracy (%)", 100, 2),
 }
-SHOWN = ("torch", "transformers", "peft", "bitsandbytes", "dvc")  # of the versions in metrics/environment.json
+SHOWN_VERSIONS = ("torch", "transformers", "peft", "bitsandbytes", "dvc")
 
 
-def render(
-    scores: dict, records: dict[str, dict | None], samples: list[tuple[str, str, str]], pictures: list[Path]
+def write_report(folder: Path, metrics: dict, records: dict[str, dict | None], samples: list[tuple[str, ...]]) -> None:
+    """Write environment.json and report.md into `folder`; the pictures are in its subfolder plots."""
+    with atomic_output(folder / "environment.json") as file:
+        file.write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
+    pictures = [Path("plots") / plot.file for plot in (*TEST_PLOTS, *TRAINING_PLOTS)]
+    with atomic_output(folder / "report.md") as file:
+        file.write_text(render_report(metrics, records, samples, pictures), encoding="utf-8")
+
+
+def render_report(
+    metrics: dict, records: dict[str, dict | None], samples: list[tuple[str, ...]], pictures: list[Path]
 ) -> str:
     """Return the report in Markdown.
 
     Args:
-        scores: metrics/eval.json.
-        records: metrics/environment.json: a record, or None, for each stage.
-        samples: prompts, and what the base and the tuned model put behind each.
-        pictures: paths from the report's folder.
+        metrics: the content of metrics/eval.json.
+        records: the content of metrics/environment.json: for each stage a record, or None.
+        samples: prompts, each with the continuations of the base and of the tuned model.
+        pictures: paths relative to the report's folder.
     """
     parts = [
         "# Base against tuned",
-        what_ran(records),
+        run_summary(records),
         "## Test split",
-        figures(scores),
-        f"On {scores['predicted_tokens']:,} predicted tokens, {scores['words']:,} words, {scores['bytes']:,} bytes "
-        f"of the original text, in {scores['windows']:,} windows.",
+        metrics_table(metrics),
+        f"On {metrics['predicted_tokens']:,} predicted tokens, {metrics['words']:,} words, {metrics['bytes']:,} bytes "
+        f"of the original text, in {metrics['windows']:,} windows.",
         "## Plots",
         *(f"![{path.stem.replace('_', ' ')}]({path.as_posix()})" for path in pictures),
         "## Continuations",
-        "Beginnings of the test split, and what each model puts behind them, drawn alike for both.",
-        table(["prompt", "base", "tuned"], [[escape(text) for text in sample] for sample in samples]),
+        "Beginnings of articles of the test split, and how each model continues them, with the same sampling for both.",
+        markdown_table(["prompt", "base", "tuned"], [[escape_markdown(text) for text in sample] for sample in samples]),
         "## Stages",
-        stages(records),
+        stages_table(records),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def what_ran(records: dict[str, dict | None]) -> str:
+def run_summary(records: dict[str, dict | None]) -> str:
+    """Return a list of what ran: preset, base, corpus, method, protocol, commit and versions."""
     base, prepare, evaluate = (records[stage] or {} for stage in ("base", "prepare", "evaluate"))
     rows = {
         "preset": base.get("preset"),
-        "base": source(base.get("model"), base.get("revision")),
-        "corpus": source(prepare.get("dataset"), prepare.get("revision")),
+        "base": source_name(base.get("model"), base.get("revision")),
+        "corpus": source_name(prepare.get("dataset"), prepare.get("revision")),
         "method": evaluate["method"],
         "scored": evaluate["scored"],
         "commit": evaluate["commit"] and evaluate["commit"][:12] + (" and changes" * evaluate["uncommitted_changes"]),
         "versions": ", ".join(
-            [f"Python {evaluate['python']}", *(f"{name} {evaluate['versions'][name]}" for name in SHOWN)]
+            [f"Python {evaluate['python']}", *(f"{name} {evaluate['versions'][name]}" for name in SHOWN_VERSIONS)]
         ),
     }
-    return "\n".join(f"- {name}: {escape(value or 'not known')}" for name, value in rows.items())
+    return "\n".join(f"- {name}: {escape_markdown(value or 'not known')}" for name, value in rows.items())
 
 
-def source(name: str | None, revision: str | None) -> str | None:
+def source_name(name: str | None, revision: str | None) -> str | None:
+    """Return the name of a model or dataset, with the beginning of its revision."""
     return f"{name} at {revision[:12]}" if revision else name
 
 
-def figures(scores: dict) -> str:
+def describe_method(method: str, quantization: "QuantizationParams | None") -> str:
+    """Return the method in words."""
+    if quantization is None:
+        return method
+    double = ", its scales quantized too" if quantization.double_quant else ""
+    kind = f" ({quantization.quant_type}{double})" if quantization.bits == 4 else ""
+    return f"{method}, on a base of {quantization.bits} bits{kind}"
+
+
+def describe_scoring(protocol: str, manifest: dict, stride: int) -> str:
+    """Return the protocol and its windows in words. manifest: that of data/tokens."""
+    windows = f"{protocol}, in windows of {manifest['block_size']:,} tokens"
+    if protocol == "lm-eval":
+        return windows
+    if protocol == "native" and manifest["layout"] == "padded":
+        return f"{protocol}, each paragraph by itself, of at most {manifest['block_size']:,} tokens"
+    return f"{windows}, {stride:,} apart"
+
+
+def metrics_table(metrics: dict) -> str:
+    """Return the metrics of base and tuned model, and the change."""
     rows = []
-    for figure, (name, factor, decimals) in FIGURES.items():
-        base, tuned, change = (factor * scores[side][figure] for side in ("base", "tuned", "change"))
-        # evaluate caps a perplexity at 1e304.
+    for key, (name, factor, decimals) in METRIC_ROWS.items():
+        base, tuned, change = (factor * metrics[side][key] for side in ("base", "tuned", "change"))
+        # A perplexity is capped at 1e304.
         style = f",.{decimals}f" if max(base, tuned) < 1e9 else ".2e"
         rows.append([name, f"{base:{style}}", f"{tuned:{style}}", f"{change:+{style}}"])
-    return table(["", "base", "tuned", "change"], rows, numbers=True)
+    return markdown_table(["", "base", "tuned", "change"], rows, numbers=True)
 
 
-def stages(records: dict[str, dict | None]) -> str:
+def stages_table(records: dict[str, dict | None]) -> str:
+    """Return duration, hardware and precision of each stage."""
     rows = []
     for stage, record in records.items():
         if record is None:
             rows.append([stage, "not recorded", "", ""])
-        else:
-            threads = record["threads"] or record["cores"]
-            place = record["gpu"] or f"{record['cpu']}, {threads} thread{'s' * (threads > 1)}"
-            rows.append([stage, duration(record["seconds"]), escape(place), record.get("precision", "")])
-    return table(["stage", "duration", "on", "precision"], rows)
+            continue
+        threads = record["threads"] or record["cores"]
+        hardware = record["gpu"] or f"{record['cpu']}, {threads} thread{'s' * (threads > 1)}"
+        duration, precision = format_duration(record["seconds"]), record.get("precision", "")
+        rows.append([stage, duration, escape_markdown(hardware), precision])
+    return markdown_table(["stage", "duration", "on", "precision"], rows)
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
+    """Return seconds as "5.0 s", "2 min 3 s" or "1 h 2 min"."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def table(header: list[str], rows: list[list[str]], numbers: bool = False) -> str:
-    """Return a table in GitHub's Markdown; `numbers`: all columns but the first are set to the right."""
+def markdown_table(header: list[str], rows: list[list[str]], numbers: bool = False) -> str:
+    """Return a table in GitHub's Markdown. numbers: align all columns except the first to the right."""
     rule = ["---", *(["---:"] * (len(header) - 1))] if numbers else ["---"] * len(header)
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, rule, *rows])
 
 
-def escape(text: str) -> str:
-    """Return a text as Markdown that shows it: one line, its line breaks as <br>, nothing in it a mark."""
+def escape_markdown(text: str) -> str:
+    """Return Markdown that shows `text` literally, on one line, with <br> for line breaks."""
     lines = (" ".join(line.split()) for line in text.splitlines())
-    return "<br>".join(MARKS.sub(r"\\\g<0>", line) for line in lines if line)
+    return "<br>".join(MARKDOWN_CHARACTERS.sub(r"\\\g<0>", line) for line in lines if line)

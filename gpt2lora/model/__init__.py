@@ -1,1 +1,1 @@
-"""The base model, in floats or quantised, and the low-rank adapter on it."""
+"""The base model, in floats or quantized, and the low-rank adapter on it."""

@@ -1,4 +1,4 @@
-"""Where the computation runs, and in what precision."""
+"""The device that computes, its precision, and its memory."""
 
 import os
 import resource
@@ -8,20 +8,22 @@ import torch
 
 
 def pick_device() -> torch.device:
+    """Return the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def describe(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """Return the name of a GPU, or the number of a CPU's threads."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
 
 
-def wake() -> None:
-    """Have a GPU's driver ready for the first computation, for which it takes half a second."""
+def warm_up() -> None:
+    """Initialise the GPU's driver, which takes half a second."""
     torch.zeros(1, device=pick_device())
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Return the type of the matrix products. "auto" is bf16 on GPUs, and on CPUs that have instructions for it."""
+    """Return the type of matrix products. "auto" is bf16 on GPUs, and on CPUs with bf16 instructions (AVX512_BF16)."""
     if precision == "auto":
         native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
         precision = "bf16" if native else "fp32"
@@ -29,20 +31,19 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def make_deterministic() -> None:
-    """Have a GPU give the same bits each time, at some cost in speed; to be called before it computes anything."""
+    """Use only deterministic GPU kernels, at some cost in speed. Call this before anything is computed."""
     import torch._inductor.config as compiler
 
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a safeguard for code that reads what it never wrote
-    compiler.deterministic = True  # no choice of kernels by their measured times
+    torch.utils.deterministic.fill_uninitialized_memory = False  # filling protects code that reads uninitialised memory
+    compiler.deterministic = True  # do not choose kernels by measured times
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most bytes that were held at once: by CUDA's allocator, or by the whole process on a CPU.
+    """Return the peak memory in bytes: reserved by CUDA's allocator, or of the whole process on a CPU.
 
-    Held, not allocated: what a recorded step needs stays with its CUDA graph, and counts as allocated only while it is
-    recorded.
+    Reserved, not allocated: the memory of a CUDA graph counts as allocated only during the capture.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)

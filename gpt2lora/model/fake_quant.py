@@ -1,14 +1,14 @@
-"""The adapter's own matrices in 8 or 4 bits: stored so, and trained against what is stored.
+"""Fake quantization (lora.bits): the adapter's matrices are stored in 8 or 4 bits, and trained with the stored values.
 
-A matrix is cut into blocks of 64 consecutive values, the last filled up with zeros. Each block has one scale c in bf16,
-16 / 64 = 0.25 bits a value, and each value a code:
+A matrix is cut into blocks of 64 consecutive values; the last block is padded with zeros. Each block has one scale c in
+bf16, which adds 16 / 64 = 0.25 bits a value, and each value has a code:
 
     8 bits   c = absmax / 127, code = round(w / c) as int8, w' = c code
     4 bits   c = absmax, code = the nearest of NF4's 16 levels to w / c, two codes to a byte, w' = c level
              (Dettmers et al., 2023, arXiv:2305.14314, appendix E)
 
-Training computes with w' and updates w as if w' were w: the straight-through estimator (Bengio et al., 2013,
-arXiv:1308.3432; for networks of integers Jacob et al., 2018, arXiv:1712.05877).
+Training computes with w' and applies the gradient of w' to w: the straight-through estimator (Bengio et al., 2013,
+arXiv:1308.3432; for integer networks Jacob et al., 2018, arXiv:1712.05877).
 """
 
 import json
@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-FILE = "adapter_quantized.safetensors"
-BLOCK = 64  # values that share a scale
+QUANTIZED_WEIGHTS = "adapter_quantized.safetensors"
+BLOCK_SIZE = 64  # values that share a scale
 NF4 = torch.tensor(
     [
         [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453],
@@ -35,10 +35,10 @@ def quantize(matrix: torch.Tensor, bits: int, levels: torch.Tensor = NF4) -> tup
     """Return the codes of an fp32 matrix, (blocks, 64) int8 or (blocks, 32) uint8, and the scales, (blocks,) bf16.
 
     Args:
-        levels: NF4, (16,) fp32; copied to the matrix's device if it is not there.
+        levels: the levels of NF4, (16,) fp32, best on the matrix's device.
     """
     flat = matrix.detach().flatten()
-    blocks = F.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
+    blocks = F.pad(flat, (0, -len(flat) % BLOCK_SIZE)).view(-1, BLOCK_SIZE)
     absmax = blocks.abs().amax(1)
     scales = (absmax / 127 if bits == 8 else absmax).bfloat16()
     relative = blocks / scales.float().where(scales > 0, 1.0)[:, None]
@@ -52,7 +52,7 @@ def quantize(matrix: torch.Tensor, bits: int, levels: torch.Tensor = NF4) -> tup
 def dequantize(
     codes: torch.Tensor, scales: torch.Tensor, shape: torch.Size, levels: torch.Tensor = NF4
 ) -> torch.Tensor:
-    """Return the fp32 matrix of the given shape that codes and scales of `quantize` stand for."""
+    """Return the fp32 matrix of the given shape that the codes and scales of `quantize` stand for."""
     if codes.dtype == torch.int8:
         relative = codes.float()
     else:
@@ -60,38 +60,38 @@ def dequantize(
     return (relative * scales.float()[:, None]).flatten()[: shape.numel()].view(shape)
 
 
-# An operation of its own, which torch.compile takes as it is: a compiler would leave the scale's rounding to bf16 out,
-# and training would compute with other values than those that are stored.
-# What torch has compiled of it lies on disk under its name: with another gradient it wants another name.
-@torch.library.custom_op("stages::stored", mutates_args=())
-def stored(matrix: torch.Tensor, bits: int, levels: torch.Tensor) -> torch.Tensor:
-    """Return what is stored of a matrix, with the gradient of the matrix itself."""
+# A custom operator, so that torch.compile does not look inside: the compiler would omit rounding the scale to bf16, and
+# training would use other values than those that are stored. torch caches compiled code on disk by the operator's name:
+# rename the operator whenever its gradient changes.
+@torch.library.custom_op("gpt2lora::fake_quantize", mutates_args=())
+def fake_quantize(matrix: torch.Tensor, bits: int, levels: torch.Tensor) -> torch.Tensor:
+    """Return dequantize(quantize(matrix)); its gradient passes to the matrix unchanged."""
     return dequantize(*quantize(matrix, bits, levels), matrix.shape, levels)
 
 
-stored.register_fake(lambda matrix, bits, levels: torch.empty_like(matrix))
-stored.register_autograd(lambda ctx, gradient: (gradient, None, None))
+fake_quantize.register_fake(lambda matrix, bits, levels: torch.empty_like(matrix))
+fake_quantize.register_autograd(lambda ctx, gradient: (gradient, None, None))
 
 
 class FakeQuantLinear(torch.nn.Linear):
-    """A linear layer without bias that computes with what will be stored of its weight, the same parameter."""
+    """A linear layer without bias that computes with its fake-quantized weight; the weight stays the same parameter."""
 
     def __init__(self, layer: torch.nn.Linear, bits: int):
         super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
         self.weight, self.bits = layer.weight, bits
-        # Where the weight is: no step can be recorded as a CUDA graph that copies from the CPU.
+        # On the weight's device: a CUDA graph cannot capture a copy from the CPU.
         self.register_buffer("levels", NF4.to(layer.weight.device), persistent=False)
 
-    def stored(self) -> torch.Tensor:
-        """Return what is stored of the weight, with the weight's gradient."""
-        return stored(self.weight, self.bits, self.levels)
+    def fake_quantized_weight(self) -> torch.Tensor:
+        """Return the weight as it will be stored, (out, in) fp32."""
+        return fake_quantize(self.weight, self.bits, self.levels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.stored())
+        return F.linear(x, self.fake_quantized_weight())
 
 
-def save(tensors: dict[str, torch.Tensor], bits: int, folder: Path) -> None:
-    """Write the factors A and B among an adapter's tensors quantised, all others (DoRA's magnitudes) as they are."""
+def save_quantized(tensors: dict[str, torch.Tensor], bits: int, folder: Path) -> None:
+    """Write an adapter's tensors: the factors A and B quantized, all others (DoRA's magnitudes) unchanged."""
     stored, shapes = {}, {}
     for name, tensor in tensors.items():
         if is_factor(name):
@@ -99,13 +99,13 @@ def save(tensors: dict[str, torch.Tensor], bits: int, folder: Path) -> None:
             shapes[name] = list(tensor.shape)
         else:
             stored[name] = tensor.detach().cpu().contiguous()
-    # One key of metadata: safetensors writes several in any order.
-    save_file(stored, folder / FILE, metadata={"shapes": json.dumps(shapes)})
+    # A single metadata key: safetensors writes several keys in a random order.
+    save_file(stored, folder / QUANTIZED_WEIGHTS, metadata={"shapes": json.dumps(shapes)})
 
 
-def load(folder: Path) -> dict[str, torch.Tensor]:
-    """Return an adapter's tensors by PEFT's names, in fp32, from what `save` stored."""
-    with safe_open(folder / FILE, "pt") as file:
+def load_quantized(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors that `save_quantized` wrote, dequantized to fp32, by their names in PEFT's state dict."""
+    with safe_open(folder / QUANTIZED_WEIGHTS, "pt") as file:
         stored = {name: file.get_tensor(name) for name in sorted(file.keys())}
         shapes = json.loads(file.metadata()["shapes"])
     for name, shape in shapes.items():
@@ -114,4 +114,5 @@ def load(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def is_factor(name: str) -> bool:
+    """Tell whether a tensor of PEFT's state dict is a factor A or B."""
     return ".lora_A." in name or ".lora_B." in name

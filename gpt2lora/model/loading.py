@@ -1,4 +1,4 @@
-"""Loading the base model, in floats or quantised, and the tuned model on top of it."""
+"""Load the base model, in floats or quantized, and the tuned model; read and write method.json beside an adapter."""
 
 import contextlib
 import json
@@ -11,111 +11,131 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from gpt2lora.model import attention, device, lora
-from gpt2lora.model.quantization import Quantization, _bitsandbytes, check_width
-from gpt2lora.pipeline.artifacts import digests, need, read_json, same
-from gpt2lora.pipeline.cli import Stop
+from gpt2lora.model import attention, device, lora, lora_init
+from gpt2lora.model.quantization import QuantizationParams, bitsandbytes_config, check_4bit_width
+from gpt2lora.pipeline.artifacts import digests, read_json, require_file, verify_digests
+from gpt2lora.pipeline.cli import StageError
 
-transformers_logging.disable_progress_bar()  # of reading weights: a second, in bars that say nothing
+transformers_logging.disable_progress_bar()  # reading weights takes a second
 METHOD_FILE = "method.json"
 
 
-def load_base(folder: Path, quantization: Quantization | None, dtype: torch.dtype) -> PreTrainedModel:
-    """Load data/base with fp32 weights, its linear layers quantised where `quantization` is given.
+def load_base(folder: Path, quantization: QuantizationParams | None, dtype: torch.dtype) -> PreTrainedModel:
+    """Load data/base in fp32; with `quantization`, its linear layers are stored in 4 or 8 bits.
 
     Args:
-        dtype: what quantised layers compute in. Float layers compute in what autocast says.
+        dtype: the type in which quantized layers compute. Float layers compute in autocast's type.
     """
-    config = _config(folder)
+    config = _load_config(folder)
     if getattr(config, "activation_function", None) == "gelu_new":
         config.activation_function = "gelu_pytorch_tanh"  # the same function in one kernel instead of six
-    place = device.pick_device()
+    target = device.pick_device()
     if quantization is None:
-        return _load(folder, config).to(place)
+        return _load_model(folder, config).to(target)
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
-    model = _load(folder, config, quantization_config=_bitsandbytes(quantization, dtype), device_map={"": place})
+    options = {"quantization_config": bitsandbytes_config(quantization, dtype), "device_map": {"": target}}
+    model = _load_model(folder, config, **options)
     for name, module in model.named_modules():
         if isinstance(module, Linear4bit):
-            check_width(name, module.in_features, place)
-            # Repacks 4-bit weights in place at the first evaluation: training after that crashes.
+            check_4bit_width(name, module.in_features, target)
+            # Otherwise the first evaluation repacks 4-bit weights in place, and training after it crashes.
             module.support_avx512bf16_for_cpu = False
         elif isinstance(module, Linear8bitLt):
-            # The layer takes the scales over now, once and for all: PEFT, each time it reads the weight on a CPU (for
-            # DoRA), puts in a new one without scales, which the layer would take over at its next use.
+            # Initialise the 8-bit state once: on a CPU, PEFT replaces the weight by one without scales whenever DoRA
+            # reads it, and the layer would take that one over.
             module.init_8bit_state()
             module.init_8bit_state = lambda: None
     return model
 
 
-def skeleton(folder: Path) -> PreTrainedModel:
-    """Return the model in data/base without its weights: what can be checked on it costs no time."""
-    config = _config(folder)
-    with torch.device("meta"), _one_line(folder):
+def load_for_training(
+    base: Path, method: str, quantization: QuantizationParams | None, lora_params: lora.LoraParams, dtype: torch.dtype
+) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """Load the base with a new adapter, or with all weights trainable for method full. The caller sets the seed.
+
+    Returns:
+        The model, and the initial factors that `lora_init.initialize_lora` returned.
+    """
+    model = load_base(base, quantization, dtype)
+    if method == "full":
+        return model, {}
+    model = lora.attach_lora(model, lora_params)
+    floats = lora.linear_layers(load_base(base, None, dtype)) if lora_params.init == "loftq" else {}
+    initial_factors = lora_init.initialize_lora(lora.lora_layers(model), lora_params.init, floats)
+    if not lora_params.use_dora:  # DoRA computes norms of whole weights, which need fp32
+        cast_frozen(model, dtype)
+    return model, initial_factors
+
+
+def load_on_meta(folder: Path) -> PreTrainedModel:
+    """Return the model in `folder` without its weights, to check its layers quickly."""
+    config = _load_config(folder)
+    with torch.device("meta"), _loading_errors(folder):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
-def hold_frozen(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Hold what is frozen and not quantised in `dtype`, the type it is computed in, instead of casting it each time."""
+def cast_frozen(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Cast frozen float parameters to `dtype`, in which they are computed, once instead of in each step."""
     for parameter in model.parameters():
         if not parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
 
 
-def load_published(weights: Path, config: Path) -> PreTrainedModel:
-    """Load a folder's weights in fp32, on the CPU, with the configuration of the folder `config` as it stands."""
-    return _load(weights, _config(config))
+def load_fp32(weights: Path, config: Path) -> PreTrainedModel:
+    """Load the weights in the folder `weights` in fp32 on the CPU, with the unchanged config.json of `config`."""
+    return _load_model(weights, _load_config(config))
 
 
 def load_tuned(base: Path, adapter: Path, dtype: torch.dtype) -> torch.nn.Module:
-    """Load what `train` left in data/adapter: an adapter on its base, or a whole model where all was trained."""
-    method, quantization = load_method(adapter)
-    check_files(base, adapter)
+    """Load what `train` wrote to data/adapter: an adapter on its base, or with method full a whole model."""
+    method, quantization = read_method(adapter)
+    verify_adapter_and_base(base, adapter)
     if method == "full":
         return load_base(adapter, None, dtype)
-    return lora.load(load_base(base, quantization, dtype), adapter)
+    return lora.load_adapter(load_base(base, quantization, dtype), adapter)
 
 
-def check_files(base: Path, adapter: Path) -> None:
-    """Stop unless the adapter and the weights of its base are those that `save_method` recorded."""
-    same(base, check_adapter(adapter)["base"], adapter / METHOD_FILE, "base train")
+def verify_adapter_and_base(base: Path, adapter: Path) -> None:
+    """Compare the adapter and the weights of its base with the digests in method.json."""
+    verify_digests(base, verify_adapter(adapter)["base"], adapter / METHOD_FILE, "base train")
 
 
-def check_adapter(folder: Path) -> dict:
-    """Return what `save_method` recorded; stop unless the adapter's files are still those."""
-    record = _record(folder)
-    same(folder, record["files"], folder / METHOD_FILE, "train")
+def verify_adapter(folder: Path) -> dict:
+    """Compare the adapter's files with the digests in method.json; return its content."""
+    record = _read_method_file(folder)
+    verify_digests(folder, record["files"], folder / METHOD_FILE, "train")
     return record
 
 
-def load_method(folder: Path) -> tuple[str, Quantization | None]:
-    """Return what `save_method` recorded: the method, and how its base was quantised."""
-    record = _record(folder)
-    return record["method"], Quantization(**record["quantization"]) if record["quantization"] else None
+def read_method(folder: Path) -> tuple[str, QuantizationParams | None]:
+    """Return from method.json the method, and how the base was quantized."""
+    record = _read_method_file(folder)
+    return record["method"], QuantizationParams(**record["quantization"]) if record["quantization"] else None
 
 
-def save_method(folder: Path, method: str, quantization: Quantization | None, base: Path) -> None:
-    """Record beside an adapter what it was trained on: `evaluate` loads the same base in the same form."""
+def write_method(folder: Path, method: str, quantization: QuantizationParams | None, base: Path) -> None:
+    """Write method.json: on what base the adapter in `folder` was trained, so that `evaluate` loads the same."""
     record = {"method": method, "quantization": asdict(quantization) if quantization else None}
     files = {name: digest for name, digest in digests(folder).items() if name != METHOD_FILE}
     record |= {"files": files, "base": digests(base, "*.safetensors")}
     (folder / METHOD_FILE).write_text(json.dumps(record, indent=2) + "\n")
 
 
-def _record(folder: Path) -> dict:
+def _read_method_file(folder: Path) -> dict:
     return read_json(folder / METHOD_FILE, "train", "method", "quantization", "files", "base")
 
 
-def _config(folder: Path) -> PretrainedConfig:
-    need(folder / "config.json", "base")
-    with _one_line(folder):
-        # Left out, trust_remote_code has transformers ask at the keyboard whether to run a model's own code.
+def _load_config(folder: Path) -> PretrainedConfig:
+    require_file(folder / "config.json", "base")
+    with _loading_errors(folder):
+        # Without trust_remote_code=False, transformers asks at the keyboard whether to run a model's own code.
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
-def _load(folder: Path, config: PretrainedConfig, **quantized) -> PreTrainedModel:
-    with _one_line(folder):
-        model, found = AutoModelForCausalLM.from_pretrained(
+def _load_model(folder: Path, config: PretrainedConfig, **quantized) -> PreTrainedModel:
+    with _loading_errors(folder):
+        model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype=torch.float32,
@@ -123,29 +143,31 @@ def _load(folder: Path, config: PretrainedConfig, **quantized) -> PreTrainedMode
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are told of below
+            ignore_mismatched_sizes=True,  # reported below
             **quantized,
         )
-    # What transformers would fill with random numbers.
-    if others := sorted(found["mismatched_keys"]):
-        name, held, wanted = others[0]
-        raise Stop(f"{folder}: {name} is {tuple(held)} in *.safetensors, {tuple(wanted)} by config.json: not a pair")
-    if absent := sorted(found["missing_keys"]):
-        raise Stop(f"{folder}: *.safetensors lack {len(absent)} of the model's weights, {absent[0]} first")
-    if attention.fits(model):
-        model.set_attn_implementation(attention.NAME)
+    # transformers fills mismatched and missing weights with random numbers.
+    if mismatched := sorted(info["mismatched_keys"]):
+        name, stored, expected = mismatched[0]
+        raise StageError(
+            f"{folder}: {name} is {tuple(stored)} in *.safetensors, {tuple(expected)} by config.json: not a pair"
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise StageError(f"{folder}: *.safetensors lack {len(missing)} of the model's weights, {missing[0]} first")
+    if attention.supports_causal_attention(model):
+        model.set_attn_implementation(attention.ATTENTION_NAME)
     return model
 
 
 @contextlib.contextmanager
-def _one_line(folder: Path) -> Iterator[None]:
-    """Make one line of what transformers raises at a folder that does not hold a causal language model."""
+def _loading_errors(folder: Path) -> Iterator[None]:
+    """Turn the errors that transformers raises for a folder without a causal language model into one line."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError, SafetensorError) as error:
-        if "can't allocate memory" in str(error):  # PyTorch's words, on a CPU
+        if "can't allocate memory" in str(error):  # PyTorch's message on a CPU
             raise
         line = f"{folder}: transformers itself cannot load this model ({type(error).__name__}: {error})"
-        raise Stop(f"{line}; code that comes with a model is never run") from error
+        raise StageError(f"{line}; code that comes with a model is never run") from error

@@ -1,8 +1,8 @@
-"""The low-rank adapter: which layers get one, how it starts, and how it is written.
+"""The low-rank adapter (LoRA): which layers get one, and how it is attached, saved and loaded.
 
 A layer y = W x becomes y = W x + s B A x with A (r, in), B (out, r), s = alpha / r (Hu et al., 2021, arXiv:2106.09685),
-or alpha / sqrt(r) with use_rslora (Kalajdzievski, 2023, arXiv:2312.03732). With use_dora the sum W + s B A is scaled to
-learned lengths of its rows (Liu et al., 2024, arXiv:2402.09353).
+or alpha / sqrt(r) with use_rslora (Kalajdzievski, 2023, arXiv:2312.03732). With use_dora the rows of W + s B A are
+scaled to learned norms (Liu et al., 2024, arXiv:2402.09353).
 """
 
 import json
@@ -19,15 +19,17 @@ from transformers.pytorch_utils import Conv1D
 
 from gpt2lora.model import fake_quant, lora_forward, lora_init
 from gpt2lora.pipeline import params
-from gpt2lora.pipeline.artifacts import need
-from gpt2lora.pipeline.cli import Stop
+from gpt2lora.pipeline.artifacts import require_file
+from gpt2lora.pipeline.cli import StageError
 
-HIGHEST_RANK = 2**16  # no matrix of a language model has so high a one
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+MAX_RANK = 2**16  # more than any matrix of a language model has
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 @dataclass
-class Lora:
+class LoraParams:
+    """The section `lora` of params.yaml."""
+
     r: int
     alpha: float
     dropout: float
@@ -40,15 +42,15 @@ class Lora:
 
     def __post_init__(self):
         params.require(self.r > 0, "lora.r", self.r, "an integer above 0")
-        params.require(self.r <= HIGHEST_RANK, "lora.r", self.r, f"at most {HIGHEST_RANK:,}")
+        params.require(self.r <= MAX_RANK, "lora.r", self.r, f"at most {MAX_RANK:,}")
         params.require(0 < self.alpha <= 1e9, "lora.alpha", self.alpha, "a number above 0, at most 1e9")
         params.require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "a number of at least 0, below 1")
         named = isinstance(self.target_modules, list) and all(isinstance(name, str) for name in self.target_modules)
         good = self.target_modules == "all-linear" or (named and self.target_modules)
         params.require(good, "lora.target_modules", self.target_modules, "all-linear or a list of module names")
         form = "all, a range such as 6-11, or a list of numbers such as [0, 11]"
-        params.require(layer_numbers(self.layers) != [], "lora.layers", self.layers, form)
-        params.require(self.bits in (16, 8, 4), "lora.bits", self.bits, "16 (not quantised), 8 or 4")
+        params.require(parse_layers(self.layers) != [], "lora.layers", self.layers, form)
+        params.require(self.bits in (16, 8, 4), "lora.bits", self.bits, "16 (not quantized), 8 or 4")
         known = self.init in lora_init.INITS
         params.require(known, "lora.init", self.init, f"one of {', '.join(lora_init.INITS)}")
         if self.init in lora_init.FROM_BASE:
@@ -57,12 +59,12 @@ class Lora:
         if self.init == "orthogonal":
             params.require(self.r % 2 == 0, "lora.r with init orthogonal", self.r, "an even number")
         if self.init == "loftq":
-            fixed = "false: DoRA takes its magnitudes from the quantised base, which loftq corrects"
+            fixed = "false: DoRA takes its magnitudes from the quantized base, which loftq corrects"
             params.require(not self.use_dora, "lora.use_dora with init loftq", self.use_dora, fixed)
 
 
-def layer_numbers(layers: Any) -> list[int] | None:
-    """Return the numbers that lora.layers means, None for all, and [] for what is none of its forms."""
+def parse_layers(layers: Any) -> list[int] | None:
+    """Return the layer numbers that lora.layers stands for: None for all, [] for an invalid value."""
     if layers == "all":
         return None
     if isinstance(layers, str) and (ends := re.fullmatch(r"\s*(\d{1,4})\s*(?:-\s*(\d{1,4})\s*)?", layers)):
@@ -71,13 +73,13 @@ def layer_numbers(layers: Any) -> list[int] | None:
     return numbers if all(type(number) is int and number >= 0 for number in numbers) else []
 
 
-def attach(model: PreTrainedModel, lora: Lora) -> torch.nn.Module:
-    """Freeze `model` and give each target layer a trainable update s B A, in fp32. The caller seeds.
+def attach_lora(model: PreTrainedModel, lora: LoraParams) -> torch.nn.Module:
+    """Freeze `model` and add a trainable update s B A, in fp32, to each target layer. The caller sets the seed.
 
-    Whatever the init but loftq, the model at first computes what its base computes.
+    Before training the model computes the same as its base, except with init loftq.
 
     Raises:
-        Stop: target_modules or layers name what does not exist; the line lists what does.
+        StageError: target_modules or layers name something that does not exist; the line lists what exists.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -88,30 +90,30 @@ def attach(model: PreTrainedModel, lora: Lora) -> torch.nn.Module:
         lora_dropout=lora.dropout,
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
-        target_modules=targets(list(layers), lora),
-        fan_in_fan_out=holds_in_out(model),
+        target_modules=select_target_layers(list(layers), lora),
+        fan_in_fan_out=is_fan_in_fan_out(model),
         task_type="CAUSAL_LM",
     )
     network = get_peft_model(model, config)
-    for module in adapted(network).values():
-        # Autocast picks the type to compute in; PEFT would have each input copied to fp32 first.
+    for module in lora_layers(network).values():
+        # Autocast chooses the type; otherwise PEFT first copies each input to fp32.
         module.cast_input_dtype_enabled = False
         if lora.bits < 16:
             module.lora_A["default"] = fake_quant.FakeQuantLinear(module.lora_A["default"], lora.bits)
             module.lora_B["default"] = fake_quant.FakeQuantLinear(module.lora_B["default"], lora.bits)
         if not lora.use_dora:
-            # A method, not a partial: that would be compiled anew for each layer.
-            module.forward = types.MethodType(lora_forward.forward, module)
+            # A method, not a partial: torch.compile would compile a partial again for each layer.
+            module.forward = types.MethodType(lora_forward.lora_forward, module)
     return network
 
 
-def holds_in_out(model: PreTrainedModel) -> bool:
-    """Tell whether the model's matrices are (in, out), as in GPT-2's Conv1D, and not (out, in), as in all others."""
+def is_fan_in_fan_out(model: PreTrainedModel) -> bool:
+    """Tell whether weights are (in, out), as in GPT-2's Conv1D, and not (out, in), as in nn.Linear."""
     return any(isinstance(layer, Conv1D) for layer in linear_layers(model).values())
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
-    """Return the layers that can take an adapter, by name: every matrix but the embeddings and the output head."""
+    """Return the layers that can have an adapter, by name: all linear layers except the output head."""
     head = model.get_output_embeddings()
     return {
         name: module
@@ -120,74 +122,79 @@ def linear_layers(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
     }
 
 
-def targets(layers: list[str], lora: Lora) -> list[str]:
-    """Return those of the named linear layers that target_modules and layers choose.
+def select_target_layers(layers: list[str], lora: LoraParams) -> list[str]:
+    """Return the names of the linear layers that target_modules and layers select.
 
-    A name chooses the layers that are called so, or that end in a dot and it. The number of a layer is the first that
-    stands in its name: 6 in transformer.h.6.attn.c_attn.
+    A target module selects the layers with this name, or with a name that ends in a dot and this name. The number of a
+    layer is the first number in its name: 6 in transformer.h.6.attn.c_attn.
     """
-    chosen = layers
+    selected = layers
     if lora.target_modules != "all-linear":
-        called = {name: {each for each in layers if f".{each}".endswith(f".{name}")} for name in lora.target_modules}
-        if absent := [name for name, found in called.items() if not found]:
+        matches = {name: {each for each in layers if f".{each}".endswith(f".{name}")} for name in lora.target_modules}
+        if unknown := [name for name, found in matches.items() if not found]:
             kinds = sorted({".".join(layer.split(".")[-2:]) for layer in layers})
-            raise params.wrong("lora.target_modules", absent[0], f"all-linear or names among {', '.join(kinds)}")
-        chosen = [layer for layer in layers if layer in set.union(*called.values())]
-    wanted = layer_numbers(lora.layers)
+            raise params.invalid("lora.target_modules", unknown[0], f"all-linear or names among {', '.join(kinds)}")
+        selected = [layer for layer in layers if layer in set.union(*matches.values())]
+    wanted = parse_layers(lora.layers)
     if wanted is None:
-        return chosen
+        return selected
     number = {layer: int(found[1]) for layer in layers if (found := re.search(r"\.(\d+)\.", layer))}
-    if absent := set(wanted) - set(number.values()):
-        held = f"all, or numbers from 0 to {max(number.values(), default=0)}, the layers of this model"
-        raise params.wrong("lora.layers", min(absent), held)
-    meeting = [layer for layer in chosen if number.get(layer) in wanted]
-    params.require(meeting, "lora.layers", lora.layers, f"a layer that has one of {', '.join(chosen[:8])}")
-    return meeting
+    if unknown := set(wanted) - set(number.values()):
+        known = f"all, or numbers from 0 to {max(number.values(), default=0)}, the layers of this model"
+        raise params.invalid("lora.layers", min(unknown), known)
+    in_layers = [layer for layer in selected if number.get(layer) in wanted]
+    params.require(in_layers, "lora.layers", lora.layers, f"a layer that has one of {', '.join(selected[:8])}")
+    return in_layers
 
 
-def adapted(network: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """Return the layers that have an adapter, by their name in the base model."""
+def lora_layers(network: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Return the layers with an adapter, by their name in the base model."""
     return {name: module for name, module in network.get_base_model().named_modules() if hasattr(module, "lora_A")}
 
 
-def save(network: torch.nn.Module, lora: Lora, taken: dict[str, torch.Tensor], folder: Path) -> None:
-    """Write an ordinary PEFT adapter, adapter_config.json and adapter_model.safetensors.
+def save_adapter(
+    network: torch.nn.Module, lora: LoraParams, initial_factors: dict[str, torch.Tensor], folder: Path
+) -> None:
+    """Write a standard PEFT adapter: adapter_config.json and adapter_model.safetensors.
 
-    Below 16 bits, adapter_quantized.safetensors takes the place of the latter. `taken` is what `lora_init.start` gave.
+    With lora.bits 8 or 4, adapter_quantized.safetensors replaces the latter.
+
+    Args:
+        initial_factors: the result of `lora_init.initialize_lora`.
     """
     network.save_pretrained(folder)
-    (folder / "README.md").unlink()  # an empty form for a model card
-    tensors, config = load_file(folder / WEIGHTS), json.loads((folder / CONFIG).read_text())
-    config["target_modules"] = sorted(config["target_modules"])  # PEFT writes a set, in hash order
-    if taken:
-        tensors, config = lora_init.ordinary(tensors, taken, config)
-        save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    (folder / "README.md").unlink()  # PEFT's empty template of a model card
+    tensors, config = load_file(folder / ADAPTER_WEIGHTS), json.loads((folder / ADAPTER_CONFIG).read_text())
+    config["target_modules"] = sorted(config["target_modules"])  # PEFT writes a set in hash order
+    if initial_factors:
+        tensors, config = lora_init.to_standard_lora(tensors, initial_factors, config)
+        save_file(tensors, folder / ADAPTER_WEIGHTS, {"format": "pt"})
     if lora.bits < 16:
-        fake_quant.save(tensors, lora.bits, folder)
-        (folder / WEIGHTS).unlink()
-    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        fake_quant.save_quantized(tensors, lora.bits, folder)
+        (folder / ADAPTER_WEIGHTS).unlink()
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def load(model: PreTrainedModel, folder: Path) -> torch.nn.Module:
-    """Put an adapter that `save` wrote on a base, which need not be quantised as the one that it was trained on is.
+def load_adapter(model: PreTrainedModel, folder: Path) -> torch.nn.Module:
+    """Load an adapter that `save_adapter` wrote onto a base, which may be quantized differently than in training.
 
     Raises:
-        Stop: there are no safetensors, or they do not fit the base.
+        StageError: there are no safetensors, or they do not fit the base.
     """
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
-    if (folder / fake_quant.FILE).exists():
-        tensors = fake_quant.load(folder)
+    if (folder / fake_quant.QUANTIZED_WEIGHTS).exists():
+        tensors = fake_quant.load_quantized(folder)
     else:
-        tensors = load_file(need(folder / WEIGHTS, "train"))
+        tensors = load_file(require_file(folder / ADAPTER_WEIGHTS, "train"))
     config = LoraConfig.from_pretrained(folder)
-    config.fan_in_fan_out = holds_in_out(model)
-    config.base_model_name_or_path = model.name_or_path  # else PEFT warns where the folder's name is another
+    config.fan_in_fan_out = is_fan_in_fan_out(model)
+    config.base_model_name_or_path = model.name_or_path  # otherwise PEFT warns if the folder has another name
     try:
         network = get_peft_model(model, config)
-        strange = set_peft_model_state_dict(network, tensors).unexpected_keys
-    except (ValueError, RuntimeError) as error:  # no such layer; another shape
-        strange = [str(error)]
-    if strange:
-        raise Stop(f"{folder} does not fit the base, was it trained on another? {strange[0][:200]}")
+        unexpected = set_peft_model_state_dict(network, tensors).unexpected_keys
+    except (ValueError, RuntimeError) as error:  # a layer is missing, or has another shape
+        unexpected = [str(error)]
+    if unexpected:
+        raise StageError(f"{folder} does not fit the base, was it trained on another? {unexpected[0][:200]}")
     return network.eval()

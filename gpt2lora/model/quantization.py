@@ -1,4 +1,4 @@
-"""The frozen base in 4 or 8 bits: its parameters, what bitsandbytes can do, its size, and its values in floats."""
+"""The frozen base in 4 or 8 bits (bitsandbytes): parameters, limits, size in memory, and conversion back to floats."""
 
 import math
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from gpt2lora.pipeline import params
-from gpt2lora.pipeline.cli import Stop
+from gpt2lora.pipeline.cli import StageError
 
 
 @dataclass
-class Quantization:
-    """methods.qlora: how the frozen base is stored (Dettmers et al., 2023, arXiv:2305.14314)."""
+class QuantizationParams:
+    """The section methods.qlora: how the frozen base is stored (Dettmers et al., 2023, arXiv:2305.14314)."""
 
     bits: int
     quant_type: str
@@ -26,26 +26,26 @@ class Quantization:
         params.require(self.bits == 4 or not self.double_quant, "methods.qlora.double_quant", self.double_quant, single)
 
 
-def check_width(name: str, width: int, place: torch.device) -> None:
-    """Stop at a 4-bit layer that bitsandbytes 0.50 would compute wrongly, and say nothing."""
-    if place.type == "cpu" and width % 64:
-        raise Stop(
+def check_4bit_width(name: str, width: int, device: torch.device) -> None:
+    """Refuse a 4-bit layer that bitsandbytes 0.50 would silently dequantize to wrong values."""
+    if device.type == "cpu" and width % 64:
+        raise StageError(
             f"{name} has {width} inputs: on a CPU bitsandbytes mixes up the scales of 4-bit layers whose inputs are no "
             "multiple of 64; set methods.qlora.bits to 8 and double_quant to false, or use a GPU"
         )
 
 
-def frozen_parameters(model: torch.nn.Module) -> int:
-    """Return the number of frozen weights; two 4-bit ones share a byte."""
+def count_frozen_parameters(model: torch.nn.Module) -> int:
+    """Return the number of frozen weights, which is not numel for 4-bit parameters: they hold two weights a byte."""
     frozen = (parameter for parameter in model.parameters() if not parameter.requires_grad)
     return sum(math.prod(_shape(parameter)) for parameter in frozen)
 
 
-def frozen_bytes(model: torch.nn.Module) -> int:
-    """Return the bytes of all frozen weights in memory, with every scale that quantised ones need."""
+def count_frozen_bytes(model: torch.nn.Module) -> int:
+    """Return the bytes of all frozen weights in memory, with all scales of quantized ones."""
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     tensors = [tensor for parameter in frozen for tensor in (parameter, *_scales(parameter))]
-    # An 8-bit layer has taken the scales over from its weight.
+    # An initialised 8-bit layer holds the scales itself, no longer its weight.
     states = (getattr(module, "state", None) for module in model.modules())
     tensors += [state.SCB for state in states if getattr(state, "SCB", None) is not None]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -59,11 +59,12 @@ def _shape(parameter: torch.nn.Parameter) -> torch.Size:
 def _scales(parameter: torch.nn.Parameter) -> list[torch.Tensor]:
     state = getattr(parameter, "quant_state", None)
     nested = getattr(state, "state2", None)
-    held = [getattr(level, name, None) for level in (state, nested) for name in ("absmax", "code", "offset")]
-    return [tensor for tensor in held if isinstance(tensor, torch.Tensor)]
+    parts = [getattr(level, name, None) for level in (state, nested) for name in ("absmax", "code", "offset")]
+    return [tensor for tensor in parts if isinstance(tensor, torch.Tensor)]
 
 
-def _bitsandbytes(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig:
+def bitsandbytes_config(quantization: QuantizationParams, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Return the configuration with which transformers quantizes a model; 4-bit layers compute in `dtype`."""
     if quantization.bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
@@ -74,17 +75,18 @@ def _bitsandbytes(quantization: Quantization, dtype: torch.dtype) -> BitsAndByte
     )
 
 
-def dequantise_into(network: PreTrainedModel, quantised: PreTrainedModel) -> None:
-    """Give each matrix of the float `network` the values of the same matrix of `quantised`.
+def dequantize_into(network: PreTrainedModel, quantized: PreTrainedModel) -> None:
+    """Copy the dequantized weights of `quantized` into the same layers of the float `network`.
 
-    Quantised layers hold (out, in). The type of the float layer says whether it does too: a square matrix fits both.
+    Quantized layers hold (out, in), a Conv1D holds (in, out). The type of the float layer decides whether to transpose:
+    the shape does not, since a square matrix fits both.
     """
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
     from peft.utils.integrations import dequantize_module_weight
     from transformers.pytorch_utils import Conv1D
 
     with torch.no_grad():
-        for name, layer in quantised.named_modules():
+        for name, layer in quantized.named_modules():
             if isinstance(layer, Linear4bit | Linear8bitLt):
                 target, values = network.get_submodule(name), dequantize_module_weight(layer)
                 target.weight.copy_(values.T if isinstance(target, Conv1D) else values)

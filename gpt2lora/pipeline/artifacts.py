@@ -1,4 +1,4 @@
-"""What stages hand to each other: whole outputs or none, and digests that tell whether they are still the same."""
+"""The files that stages hand to each other: written atomically, and verified by their SHA-256 before they are read."""
 
 import contextlib
 import errno
@@ -12,132 +12,143 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from gpt2lora.pipeline.cli import Stop
+from gpt2lora.pipeline.cli import StageError
 
-# What NumPy and safetensors say, in errors without a number, when a disk is full.
-FULL = re.compile(r"\d+ requested and \d+ written|No space left on device")
+# NumPy and safetensors report a full disk in errors without an errno.
+DISK_FULL = re.compile(r"\d+ requested and \d+ written|No space left on device")
 MANIFEST = "manifest.json"
 
 
-def need(path: Path, maker: str) -> Path:
-    """Return `path`, an output of the stage `maker`; stop where it does not exist."""
+def require_file(path: Path, stage: str) -> Path:
+    """Return `path`, an output of `stage`.
+
+    Raises:
+        StageError: it does not exist.
+    """
     if not path.exists():
-        raise Stop(f"{path} is missing: run `dvc repro {maker}`, or python -m stages.{maker}")
+        raise StageError(f"{path} is missing: run `dvc repro {stage}`, or python -m stages.{stage}")
     return path
 
 
 def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file, as hex digits: neither safetensors nor .npy hold a checksum."""
+    """Return the SHA-256 of a file as hex digits. Neither safetensors nor .npy files hold a checksum."""
     state = path.stat()
-    return _digest(path.resolve(), state.st_ino, state.st_size, state.st_mtime_ns)
+    return _cached_digest(path.resolve(), state.st_ino, state.st_size, state.st_mtime_ns)
 
 
-@functools.cache  # half a gigabyte of weights is asked for several times by one stage
-def _digest(path: Path, *_: int) -> str:
+@functools.cache  # one stage needs the digest of 0.5 GB of weights several times
+def _cached_digest(path: Path, *_: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digests(folder: Path, pattern: str = "*") -> dict[str, str]:
-    """Return the digest of each file in `folder`, by name."""
+    """Return the SHA-256 of each file in `folder`, by name."""
     return {path.name: file_digest(path) for path in sorted(folder.glob(pattern)) if path.is_file()}
 
 
-def read_ahead(folder: Path) -> None:
-    """Begin to compute the digests of a folder's files, in a thread that ends with the process."""
+def prefetch_digests(folder: Path) -> None:
+    """Compute the digests of a folder's files in a daemon thread. Errors are left to the caller that needs them."""
 
-    def read() -> None:
-        with contextlib.suppress(OSError):  # who asks for the digests meets it, too
+    def compute() -> None:
+        with contextlib.suppress(OSError):
             digests(folder)
 
-    threading.Thread(target=read, daemon=True).start()
+    threading.Thread(target=compute, daemon=True).start()
 
 
-def read_json(file: Path, maker: str, *keys: str) -> dict:
-    """Return what the stage `maker` wrote into a JSON file; stop where it is missing, damaged or lacks a key."""
+def read_json(file: Path, stage: str, *keys: str) -> dict:
+    """Return a JSON file that `stage` wrote.
+
+    Raises:
+        StageError: it is missing, damaged, or lacks one of `keys`.
+    """
     try:
-        found = json.loads(need(file, maker).read_text(encoding="utf-8"))
+        content = json.loads(require_file(file, stage).read_text(encoding="utf-8"))
         for key in keys:
-            found[key]
-        return dict(found)
+            content[key]
+        return dict(content)
     except (ValueError, KeyError, TypeError) as error:
-        raise Stop(f"{file} is damaged ({error}): run `dvc repro --force {maker}`") from error
+        raise StageError(f"{file} is damaged ({error}): run `dvc repro --force {stage}`") from error
 
 
-def recorded(folder: Path, maker: str, *keys: str) -> dict:
-    """Return the manifest of a folder that the stage `maker` wrote; stop unless its files are still those."""
+def read_verified_manifest(folder: Path, stage: str, *keys: str) -> dict:
+    """Return the manifest of a folder that `stage` wrote, after its files were compared with their digests."""
     file = folder / MANIFEST
-    manifest = read_json(file, maker, "files", *keys)
-    same(folder, manifest["files"], file, maker)
+    manifest = read_json(file, stage, "files", *keys)
+    verify_digests(folder, manifest["files"], file, stage)
     return manifest
 
 
-def unchanged(folder: Path, maker: str) -> None:
-    """Stop at a file that is not as the stage `maker` recorded it. A folder of another maker holds no record."""
+def verify_folder(folder: Path, stage: str) -> None:
+    """Compare a folder's files with the digests in its manifest. A folder without a manifest passes."""
     if (folder / MANIFEST).exists():
-        recorded(folder, maker)
+        read_verified_manifest(folder, stage)
 
 
-def same(folder: Path, expected: dict[str, str], since: Path, maker: str) -> None:
-    """Stop at a file in `folder` that is not the one whose digest the file `since` holds.
+def verify_digests(folder: Path, expected: dict[str, str], recorded_in: Path, stages: str) -> None:
+    """Compare files in `folder` with the digests that the file `recorded_in` holds of them.
 
     Args:
-        maker: the stage that wrote the folder, and behind it those that have to run after it.
+        stages: the stage that wrote the folder, followed by those that have to run after it.
+
+    Raises:
+        StageError: a file is missing or has another digest.
     """
     for name, digest in expected.items():
-        if file_digest(need(folder / name, maker.split()[0])) != digest:
-            raise Stop(
-                f"{folder / name} is damaged, or not the one that {since} recorded: run `dvc repro --force {maker}`, "
-                f"then `dvc repro`"
+        if file_digest(require_file(folder / name, stages.split()[0])) != digest:
+            raise StageError(
+                f"{folder / name} is damaged, or not the one that {recorded_in} recorded: "
+                f"run `dvc repro --force {stages}`, then `dvc repro`"
             )
 
 
 @contextlib.contextmanager
-def whole(target: Path) -> Iterator[Path]:
-    """Yield a temporary neighbour of `target`, a file or folder to be; it takes the place of `target` at the end.
+def atomic_output(target: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `target`; on success it replaces `target` atomically.
 
-    Until then, and for good when the block raises, `target` stays as it was. Wherever the process is killed, `target`
-    is whole, the old one or the new one; or it is absent, for the moment between two renames of a folder, and the next
-    run puts the old one back before it begins.
+    `target` is a file or a folder. If the block raises, it keeps its content. If the process is killed, `target` is
+    complete, old or new; only between the two renames that replace a folder it is absent, and the next call puts the
+    old one back.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    new, old = (target.with_name(f".{target.name}.{word}") for word in ("new", "old"))
-    _settle(target, new, old)
+    new, old = (target.with_name(f".{target.name}.{suffix}") for suffix in ("new", "old"))
+    _recover(target, new, old)
     try:
         yield new
         for path in (new, *new.rglob("*")):
-            _sync(path)
+            _fsync(path)
         if target.is_dir():
             target.rename(old)
         new.replace(target)
-        _sync(target.parent)
-    except Stop:  # says what is wrong already, maybe with another output
+        _fsync(target.parent)
+    except StageError:  # already one clear line
         raise
     except Exception as error:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or FULL.search(str(error)):
-            raise Stop(f"No space left on device for {target}, which is as it was before") from error
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or DISK_FULL.search(str(error)):
+            raise StageError(f"No space left on device for {target}, which is as it was before") from error
         raise
     finally:
-        _settle(target, new, old)
+        _recover(target, new, old)
 
 
-def _settle(target: Path, new: Path, old: Path) -> None:
-    """Leave of the three only `target`: `old`, always whole, takes its place where it is absent."""
+def _recover(target: Path, new: Path, old: Path) -> None:
+    """Remove `new` and `old`; if `target` is absent, restore it from `old`, which is always complete."""
     _remove(new)
     if old.exists() and target.exists():
-        old.rename(new)  # a folder that is half removed must never pass for the old one
+        old.rename(new)  # a half-removed folder must never be taken for a complete `old`
         _remove(new)
     elif old.exists():
         old.rename(target)
 
 
-def _sync(path: Path) -> None:
-    """Have a file's bytes, or a folder's names, reach the disk before the next rename does."""
-    number = os.open(path, os.O_RDONLY)
+def _fsync(path: Path) -> None:
+    """Flush a file, or a folder's entries, to the disk before the next rename."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(number)
+        os.fsync(descriptor)
     finally:
-        os.close(number)
+        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:

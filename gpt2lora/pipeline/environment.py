@@ -1,8 +1,8 @@
-"""What a stage ran on, with what, and how long: a record beside its output, for people. No stage depends on one.
+"""The record of a stage's run: hardware, versions, commit and duration. It is for people; no stage reads it as input.
 
-`base`, `prepare`, `tokenize` and `train` leave theirs in data/environment/STAGE.json; `evaluate` gathers them in
-metrics/environment.json. They are outputs for DVC, kept in its cache: with a stage's other outputs they come back from
-the run cache and go into experiments, so that a record is always that of the run which made what lies beside it.
+`base`, `prepare`, `tokenize` and `train` write data/environment/STAGE.json; `evaluate` collects them in
+metrics/environment.json. The records are DVC outputs: the run cache restores them, and experiments carry them, together
+with the stage's other outputs. So a record always describes the run that made the files beside it.
 """
 
 import json
@@ -13,8 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-from gpt2lora.pipeline.artifacts import whole
-from gpt2lora.pipeline.cli import Stop
+from gpt2lora.pipeline.artifacts import atomic_output
+from gpt2lora.pipeline.cli import StageError
 
 PACKAGES = (
     "accelerate",
@@ -32,53 +32,53 @@ PACKAGES = (
 )
 
 
-def write(out: Path, stage: str, started: float, **facts) -> None:
-    """Write the record of a stage whose output is `out`, beside it.
+def write_record(out: Path, stage: str, started: float, **facts) -> None:
+    """Write the record of a stage beside its output `out`.
 
     Args:
-        started: what time.perf_counter() said when the stage began.
-        facts: what else is worth knowing of this run, by name, as JSON can hold it.
+        started: time.perf_counter() at the start of the stage.
+        facts: more values to record, by name, that JSON can hold.
     """
-    with whole(_place(out, stage)) as file:
-        file.write_text(json.dumps(describe(started, **facts), indent=2) + "\n", encoding="utf-8")
+    with atomic_output(_record_file(out, stage)) as file:
+        file.write_text(json.dumps(describe_run(started, **facts), indent=2) + "\n", encoding="utf-8")
 
 
-def read(out: Path, stage: str) -> dict | None:
-    """Return the record of the stage that made `out`, None where there is none: it came from elsewhere."""
-    file = _place(out, stage)
+def read_record(out: Path, stage: str) -> dict | None:
+    """Return the record of the stage that wrote `out`, or None if there is none: then `out` came from elsewhere."""
+    file = _record_file(out, stage)
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise Stop(f"{file} is damaged ({error}): delete it, or run `dvc repro --force {stage}`") from error
+        raise StageError(f"{file} is damaged ({error}): delete it, or run `dvc repro --force {stage}`") from error
 
 
-def describe(started: float, **facts) -> dict:
-    """Return this process's record. What needs torch is null in a stage that does not use it."""
+def describe_run(started: float, **facts) -> dict:
+    """Return the record of this process. Values that need torch are None in a stage that does not import it."""
     torch = sys.modules.get("torch")
-    used = torch is not None and torch.cuda.is_initialized()
+    gpu_used = torch is not None and torch.cuda.is_initialized()
     return {
         "seconds": round(time.perf_counter() - started, 3),
         **facts,
-        **_git(),
+        **_git_state(),
         "system": platform.platform(),
-        "cpu": cpu(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads() if torch else None,
-        "gpu": torch.cuda.get_device_name() if used else None,
-        "cuda": torch.version.cuda if used else None,
+        "gpu": torch.cuda.get_device_name() if gpu_used else None,
+        "cuda": torch.version.cuda if gpu_used else None,
         "python": platform.python_version(),
-        "versions": _versions(),
+        "versions": _package_versions(),
     }
 
 
-def _place(out: Path, stage: str) -> Path:
+def _record_file(out: Path, stage: str) -> Path:
     return out.parent / "environment" / f"{stage}.json"
 
 
-def _git() -> dict:
-    """Return the commit and whether tracked files differ from it, as in every experiment with a value of its own."""
+def _git_state() -> dict:
+    """Return the commit, and whether tracked files differ from it, as they do in an experiment with changed values."""
     try:
         commit, changes = (
             subprocess.run(["git", "--no-optional-locks", *words], capture_output=True, check=True, text=True).stdout
@@ -89,8 +89,8 @@ def _git() -> dict:
     return {"commit": commit.strip(), "uncommitted_changes": bool(changes.strip())}
 
 
-def cpu() -> str:
-    """Return the processor's name, as the system gives it."""
+def cpu_name() -> str:
+    """Return the processor's name as the operating system gives it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux
@@ -99,7 +99,7 @@ def cpu() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _versions() -> dict[str, str | None]:
+def _package_versions() -> dict[str, str | None]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}

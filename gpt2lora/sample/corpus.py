@@ -1,4 +1,4 @@
-"""The text of the embedded sample: documentation that is already installed."""
+"""The text of the embedded sample: docstrings of Python code that is already installed."""
 
 import ast
 import importlib.util
@@ -6,7 +6,7 @@ import sysconfig
 from pathlib import Path
 
 STANDARD_LIBRARY = Path(sysconfig.get_paths()["stdlib"])
-# Tests, generated tables and other people's packages say little in prose.
+# Folders with little prose: tests, generated tables, other packages.
 SKIPPED = {"test", "tests", "site-packages", "dist-packages", "encodings", "idlelib", "lib2to3", "turtledemo"}
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -16,10 +16,10 @@ def package_folder(name: str) -> Path:
     return Path(importlib.util.find_spec(name).submodule_search_locations[0])
 
 
-def articles(folder: Path) -> list[str]:
-    """Return one article per Python module below `folder` that has docstrings, in the form of WikiText.
+def docstring_articles(folder: Path) -> list[str]:
+    """Return one article in WikiText's format for each Python module below `folder` that has docstrings.
 
-    The files are parsed, never run; modules are sorted by name, so that the same files give the same bytes.
+    The files are parsed, never run. Modules are sorted by name, so that the same files give the same bytes.
     """
     return [
         f" \n = {_module_name(path, folder)} = \n \n{text}\n"

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from gpt2lora.pipeline.cli import say
+from gpt2lora.pipeline.cli import echo
 from gpt2lora.sample import corpus
 
 END_OF_TEXT = "<|endoftext|>"
@@ -21,10 +21,10 @@ VOCABULARY, POSITIONS, LAYERS, WIDTH, HEADS = 2048, 128, 4, 128, 4
 BATCH_SIZE, LEARNING_RATE, WARMUP, WEIGHT_DECAY, CLIP_NORM = 8, 4e-3, 0.05, 0.01, 1.0
 
 
-def make(folder: Path, seed: int) -> None:
+def make_sample_model(folder: Path, seed: int) -> None:
     """Write a trained base model, its config and its tokenizer into `folder`, from installed documentation alone."""
-    texts = corpus.articles(corpus.STANDARD_LIBRARY)
-    say(f"base: training the sample's model on {sum(map(len, texts)):,} characters of documentation")
+    texts = corpus.docstring_articles(corpus.STANDARD_LIBRARY)
+    echo(f"base: training the sample's model on {sum(map(len, texts)):,} characters of documentation")
     tokenizer = train_tokenizer(texts)
     end = tokenizer.token_to_id(END_OF_TEXT)
     config = GPT2Config(

@@ -1,4 +1,4 @@
-"""The likelihood of every token that windows score: the one computation behind every figure of `evaluate`."""
+"""The log-likelihood of tokens under a model: the computation behind every validation loss and all of `evaluate`."""
 
 import contextlib
 from collections.abc import Callable
@@ -9,148 +9,150 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from gpt2lora.dataset.blocks import Rows
-from gpt2lora.model.head import autocast, body_and_head, check_head, put
-from gpt2lora.scoring.windows import Windows, of_rows, spans
+from gpt2lora.dataset.blocks import Blocks
+from gpt2lora.model.head import autocast, body_and_head, check_head, to_device
+from gpt2lora.scoring.windows import Windows, block_windows, concatenate_ranges
 
-# Tokens whose logits are held at once. With GPT-2's vocabulary that is 0.1 GB in fp32 on a GPU; on a CPU it is 26 MB,
-# which fit its cache, and which malloc reuses instead of asking the kernel for fresh pages.
-CHUNKS = {"cuda": 512, "cpu": 128}
-BATCHES = {"cuda": 32_768, "cpu": 2_048}  # tokens read at once, where no number of windows is asked for
-# Rows that a validation reads at once, for each that training does. A GPU would wait for Python with fewer, and takes
-# less memory all the same, since nothing is kept for a backward pass.
-ROWS = {"cuda": 2, "cpu": 1}
+# Tokens whose logits are held at once. With GPT-2's vocabulary they take 0.1 GB in fp32 on a GPU. On a CPU they take
+# 26 MB, which fit its cache, and which malloc reuses instead of asking the kernel for new pages.
+CHUNK_TOKENS = {"cuda": 512, "cpu": 128}
+BATCH_TOKENS = {"cuda": 32_768, "cpu": 2_048}  # tokens that the model reads at once, unless a batch size is given
+# A validation batch has so many rows for each row of a training batch. With fewer, a GPU would wait for Python; more
+# fit, since nothing is kept for a backward pass.
+VALIDATION_ROWS = {"cuda": 2, "cpu": 1}
 
 
 @dataclass
-class Likelihood:
-    """Of each scored token, in the order of the windows."""
+class TokenScores:
+    """Scores of each scored token, in the order of the windows."""
 
-    nll: np.ndarray  # (tokens,) float64, nats
-    ranks: np.ndarray  # (tokens,) int64: how many other tokens the model gives at least as much probability
+    nll: np.ndarray  # (tokens,) float64, negative log-likelihood in nats
+    ranks: np.ndarray  # (tokens,) int64, how many other tokens the model gives at least as much probability
 
 
-def loss(model: torch.nn.Module, rows: Rows, batch_size: int, dtype: torch.dtype, label: str) -> float:
-    """Return the mean negative log-likelihood of every predicted token of a split, each row by itself, nats.
+def validation_loss(model: torch.nn.Module, blocks: Blocks, batch_size: int, dtype: torch.dtype, label: str) -> float:
+    """Return the mean negative log-likelihood of all target tokens of a split, each row by itself, in nats.
 
     Args:
-        batch_size: rows of a batch of training. ROWS times as many are read at once, or as many as hold the device's
-            number of tokens in BATCHES, if that is less.
+        batch_size: rows of a training batch. VALIDATION_ROWS times as many are read at once, at most BATCH_TOKENS.
+        label: of the progress bar.
     """
     device = next(model.parameters()).device
-    windows = of_rows(rows)
-    batch_size = min(ROWS[device.type] * batch_size, fitting(windows, device))
-    with torch.compiler.set_stance("force_eager"):  # or layers compiled for training would be so again, for this
-        (nll,) = of_each_token(model, windows, batch_size, dtype, label, (nll_of,))
+    windows = block_windows(blocks)
+    batch_size = min(VALIDATION_ROWS[device.type] * batch_size, max_windows(windows, device))
+    # Without this, layers that were compiled for training would be compiled again for the shapes of a validation.
+    with torch.compiler.set_stance("force_eager"):
+        (nll,) = score_tokens(model, windows, batch_size, dtype, label, (token_nll,))
     return float(nll.mean(dtype=np.float64))
 
 
-def likelihood(
+def score_windows(
     model: torch.nn.Module, windows: Windows, batch_size: int | None, dtype: torch.dtype, label: str
-) -> Likelihood:
-    """Score every window, `batch_size` at once or as many as fill the device's number of tokens in BATCHES."""
+) -> TokenScores:
+    """Score all windows, `batch_size` at once, or by default as many as hold BATCH_TOKENS tokens."""
     check_head(model, int(windows.lengths.max()) - 1)
-    batch_size = batch_size or fitting(windows, next(model.parameters()).device)
-    nll, ranks = of_each_token(model, windows, batch_size, dtype, label, (nll_of, rank_of))
-    return Likelihood(nll.astype(np.float64), ranks.astype(np.int64))
+    batch_size = batch_size or max_windows(windows, next(model.parameters()).device)
+    nll, ranks = score_tokens(model, windows, batch_size, dtype, label, (token_nll, token_rank))
+    return TokenScores(nll.astype(np.float64), ranks.astype(np.int64))
 
 
-def fitting(windows: Windows, device: torch.device) -> int:
-    """Return how many windows hold the device's number of tokens, one at least."""
-    return max(1, BATCHES[device.type] // int(windows.lengths.max() - 1))
+def max_windows(windows: Windows, device: torch.device) -> int:
+    """Return how many windows hold BATCH_TOKENS tokens, at least one."""
+    return max(1, BATCH_TOKENS[device.type] // int(windows.lengths.max() - 1))
 
 
 @torch.no_grad()
-def of_each_token(
+def score_tokens(
     model: torch.nn.Module,
     windows: Windows,
     batch_size: int,
     dtype: torch.dtype,
     label: str,
-    figures: tuple[Callable, ...],
+    scores: tuple[Callable, ...],
 ) -> list[np.ndarray]:
-    """Return figures, such as `nll_of`, of each scored token, each (tokens,), in the order of the windows.
+    """Return for each function in `scores`, such as `token_nll`, its value for each scored token, (tokens,).
 
-    The model is in evaluation mode meanwhile. Its layers compute in `dtype`, the logits in the type of its weights,
-    fp32 or fp64, and only where they are scored, a chunk of tokens at a time. On a GPU in bf16, fp32 logits are
-    computed from factors rounded to TF32.
+    The tokens are in the order of the windows. The model is in evaluation mode, and its layers compute in `dtype`.
+    Logits are computed in the type of its weights, fp32 or fp64, and only for scored tokens, CHUNK_TOKENS at a time. On
+    a GPU in bf16, fp32 logits are computed from factors rounded to TF32.
     """
     device = next(model.parameters()).device
     body, head = body_and_head(model)
-    chunk, weight = CHUNKS[device.type], head.weight.to(torch.promote_types(head.weight.dtype, torch.float32))
+    chunk, weight = CHUNK_TOKENS[device.type], head.weight.to(torch.promote_types(head.weight.dtype, torch.float32))
     vocabulary = len(weight)
-    if device.type == "cuda":  # a multiple of 64 rows, or the product takes a path that is three times as slow
+    if device.type == "cuda":  # without a multiple of 64 rows, the product is three times as slow
         weight = F.pad(weight, (0, 0, 0, -vocabulary % 64))
     was_training = model.training
     model.eval()
-    # The longest first: windows of like length share a batch, and memory that is too small shows at once.
+    # The longest windows first: windows of similar length share a batch, and too little memory shows at once.
     order = np.argsort(-windows.lengths, kind="stable")
-    parts = np.split(order, range(batch_size, len(order), batch_size))
-    found: list[list[torch.Tensor]] = [[] for _ in figures]
-    with _tf32(device.type == "cuda" and dtype == torch.bfloat16):
-        for places in tqdm(parts, label, unit="batch", position=0, leave=False):
-            inputs, scored, targets = (put(array, device) for array in batch(windows, places))
+    batches = np.split(order, range(batch_size, len(order), batch_size))
+    values: list[list[torch.Tensor]] = [[] for _ in scores]
+    with _allow_tf32(device.type == "cuda" and dtype == torch.bfloat16):
+        for batch in tqdm(batches, label, unit="batch", position=0, leave=False):
+            inputs, positions, targets = (to_device(array, device) for array in window_batch(windows, batch))
             with autocast(head, dtype):
                 hidden = body(input_ids=inputs, use_cache=False).last_hidden_state
-            states = hidden.flatten(0, 1)[scored]
-            for part, wanted in zip(states.split(chunk), targets.split(chunk), strict=True):
-                logits, across = logits_of(weight, vocabulary, part)
-                for values, figure in zip(found, figures, strict=True):
-                    values.append(figure(logits, wanted.unsqueeze(across), across))
+            scored = hidden.flatten(0, 1)[positions]
+            for states, wanted in zip(scored.split(chunk), targets.split(chunk), strict=True):
+                logits, vocab_dim = compute_logits(weight, vocabulary, states)
+                for column, score in zip(values, scores, strict=True):
+                    column.append(score(logits, wanted.unsqueeze(vocab_dim), vocab_dim))
                 del logits  # before the next batch is read
     model.train(was_training)
-    # Back from the order of the batches into that of the windows.
+    # Sort the scores from the order of the batches into that of the windows.
     ends = np.cumsum(windows.counts)
-    places = np.empty(ends[-1], np.int64)
-    places[spans((ends - windows.counts)[order], windows.counts[order])] = np.arange(ends[-1])
-    return [torch.cat(values).cpu().numpy()[places] for values in found]
+    sources = np.empty(ends[-1], np.int64)
+    sources[concatenate_ranges((ends - windows.counts)[order], windows.counts[order])] = np.arange(ends[-1])
+    return [torch.cat(column).cpu().numpy()[sources] for column in values]
 
 
-def batch(windows: Windows, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the inputs of some windows, where they are scored, and the ids that are wanted there, all int64.
+def window_batch(windows: Windows, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the inputs of some windows, the positions that are scored, and their targets, all int64.
 
-    Inputs are (batch, longest window). Behind a shorter one stands whatever comes next: a causal model never looks
-    ahead, and nothing is scored there, so no attention mask is needed. The other two are (scored tokens,), the
-    first counted through the flattened inputs.
+    Inputs are (windows, longest length). Shorter windows are padded on the right with tokens that are never scored;
+    causal attention needs no mask. Positions and targets are (scored tokens,); positions index the flattened inputs.
     """
-    lengths, skips, counts = windows.lengths[places], windows.skips[places], windows.counts[places]
+    lengths, skips, counts = windows.lengths[batch], windows.skips[batch], windows.counts[batch]
     width = int(lengths.max()) - 1
-    ids = windows.starts[places][:, None] + np.arange(width)
-    inputs = windows.ids[np.minimum(ids, len(windows.ids) - 1)]
-    wanted = windows.ids[spans(windows.starts[places] + skips, counts) + 1]
-    scored = spans(np.arange(len(places)) * width + skips, counts)
-    return inputs.astype(np.int64), scored, wanted.astype(np.int64)
+    indices = windows.starts[batch][:, None] + np.arange(width)
+    inputs = windows.ids[np.minimum(indices, len(windows.ids) - 1)]
+    targets = windows.ids[concatenate_ranges(windows.starts[batch] + skips, counts) + 1]
+    positions = concatenate_ranges(np.arange(len(batch)) * width + skips, counts)
+    return inputs.astype(np.int64), positions, targets.astype(np.int64)
 
 
-def logits_of(weight: torch.Tensor, vocabulary: int, states: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Return the logits of the tokens that follow these states, and which of its two dimensions is the vocabulary.
+def compute_logits(weight: torch.Tensor, vocabulary: int, states: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Return the logits of the tokens that follow `states`, and which of their two dimensions is the vocabulary.
 
-    Only the first `vocabulary` rows of `weight` belong to a token.
+    Args:
+        weight: (at least `vocabulary`, width); rows beyond the vocabulary are padding.
+        states: (tokens, width).
     """
     states = states.to(weight.dtype)
     if states.device.type == "cpu":
-        return weight @ states.T, 0  # the same product transposed: 1.3 times as fast with MKL
+        return weight @ states.T, 0  # the transposed product: 1.3 times as fast with MKL
     logits = states @ weight.T
     logits[:, vocabulary:] = -torch.inf
     return logits, -1
 
 
-def nll_of(logits: torch.Tensor, wanted: torch.Tensor, across: int) -> torch.Tensor:
-    """Return the negative log-likelihood of the wanted tokens, (tokens,), nats."""
-    return -logits.log_softmax(across).gather(across, wanted).squeeze(across)
+def token_nll(logits: torch.Tensor, targets: torch.Tensor, vocab_dim: int) -> torch.Tensor:
+    """Return the negative log-likelihood of the targets, (tokens,), in nats."""
+    return -logits.log_softmax(vocab_dim).gather(vocab_dim, targets).squeeze(vocab_dim)
 
 
-def rank_of(logits: torch.Tensor, wanted: torch.Tensor, across: int) -> torch.Tensor:
-    """Return how many other tokens the model gives at least as much probability, (tokens,) int32."""
-    # Not in int64: PyTorch first writes all of what it sums in the type of the sum.
-    return (logits >= logits.gather(across, wanted)).sum(across, dtype=torch.int32) - 1
+def token_rank(logits: torch.Tensor, targets: torch.Tensor, vocab_dim: int) -> torch.Tensor:
+    """Return how many other tokens the model gives at least as much probability as the target, (tokens,) int32."""
+    # Sum in int32: for int64, PyTorch first writes all summands as int64.
+    return (logits >= logits.gather(vocab_dim, targets)).sum(vocab_dim, dtype=torch.int32) - 1
 
 
 @contextlib.contextmanager
-def _tf32(on: bool):
-    """Let matrix products of fp32 factors round them to TF32: 10 bits of mantissa, sums in fp32."""
+def _allow_tf32(enabled: bool):
+    """Let fp32 matrix products round their factors to TF32 (10 bits of mantissa); they are summed in fp32."""
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if on else before)
+    torch.set_float32_matmul_precision("high" if enabled else before)
     try:
         yield
     finally:

@@ -1,22 +1,23 @@
-"""Windows: which tokens of a text a model reads at once when it is evaluated, and which of them it is asked for.
+"""Windows: which tokens of a text the model reads at once in evaluation, and which of them are scored.
 
-A text of n ids has n - 1 tokens to predict: all but the first. Where it is longer than the model's context, it is
-cut into windows that may overlap, and every token is predicted by one of them.
+A text of n ids has n - 1 targets: all except the first. A text longer than the model's context is cut into windows,
+which may overlap; each target is scored in exactly one of them.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from gpt2lora.dataset.blocks import Rows
+from gpt2lora.dataset.blocks import Blocks
 
 
 @dataclass
 class Windows:
     """Windows over one array of ids.
 
-    Window w reads `ids[start : start + length - 1]` and predicts `ids[start + 1 : start + length]`; the first `skip`
-    of its predictions are not scored: they are there as context, and an earlier window has scored them.
+    A window reads `ids[start : start + length - 1]` and predicts `ids[start + 1 : start + length]`. Its first `skip`
+    predictions are not scored: these tokens serve as context, and an earlier window scored them.
     """
 
     ids: np.ndarray  # (tokens,) uint16 or uint32
@@ -29,77 +30,77 @@ class Windows:
 
     @property
     def counts(self) -> np.ndarray:
-        """Number of scored predictions of each window, (windows,) int64."""
+        """Number of scored tokens of each window, (windows,) int64."""
         return self.lengths - 1 - self.skips
 
     @property
     def contexts(self) -> np.ndarray:
-        """For each scored token, in the order of the windows: how many tokens it is predicted from, at least 1."""
-        return spans(self.skips, self.counts) + 1
+        """Number of tokens from which each scored token is predicted, in the order of the windows, (tokens,) int64."""
+        return concatenate_ranges(self.skips, self.counts) + 1
 
     @property
     def targets(self) -> np.ndarray:
-        """The scored tokens' ids, in the order of the windows."""
-        return self.ids[spans(self.starts + self.skips, self.counts) + 1]
+        """Ids of the scored tokens, in the order of the windows, (tokens,)."""
+        return self.ids[concatenate_ranges(self.starts + self.skips, self.counts) + 1]
 
 
-def slide(texts: list[np.ndarray], context: int, stride: int) -> Windows:
-    """Lay windows over each text by itself: `context` tokens are read, and each window starts `stride` after the last.
+def sliding_windows(texts: list[np.ndarray], context: int, stride: int) -> Windows:
+    """Return windows of `context` tokens over each text, each starting `stride` tokens after the one before.
 
-    A text's first window is scored as a whole, a later one where the window before has not been. So every token but
-    a text's first is predicted once, from at least `context - stride + 1` tokens where the text has as many.
+    The first window of a text is scored completely, a later one only where the window before was not. So every token
+    except a text's first is scored once, from at least `context - stride + 1` tokens if the text has as many before it.
     """
 
-    def places(length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def layout(length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         count = 1 + max(0, -(-(length - 1 - context) // stride))
         starts = np.arange(count) * stride
         ends = np.minimum(starts + context + 1, length)
         skips = np.where(starts > 0, context - stride, 0)
         return starts, ends - starts, skips
 
-    return _lay(texts, places)
+    return _place_windows(texts, layout)
 
 
-def roll(texts: list[np.ndarray], context: int) -> Windows:
-    """Lay windows as `slide` does at a stride of `context`, but start each text's last one earlier, so that it is full.
+def rolling_windows(texts: list[np.ndarray], context: int) -> Windows:
+    """Return windows at a stride of `context` over each text; the last one is shifted left to be full.
 
-    These are lm-evaluation-harness's rolling windows, with a text's first id in the place of its prefix token.
+    These are the rolling windows of lm-evaluation-harness, whose prefix token is the text's first id here.
     """
 
-    def places(length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def layout(length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         count = -(-(length - 1) // context)
         firsts = np.arange(count) * context
         ends = np.minimum(firsts + context, length - 1)
         starts = np.maximum(ends - context, 0)
         return starts, ends - starts + 1, firsts - starts
 
-    return _lay(texts, places)
+    return _place_windows(texts, layout)
 
 
-def of_rows(rows: Rows) -> Windows:
-    """Each row by itself, as it is trained."""
-    width = rows.ids.shape[1]
-    starts = np.arange(len(rows), dtype=np.int64) * width
-    return Windows(rows.ids.reshape(-1), starts, rows.lengths.astype(np.int64), np.zeros_like(starts))
+def block_windows(blocks: Blocks) -> Windows:
+    """Return one window for each row, as in training."""
+    width = blocks.ids.shape[1]
+    starts = np.arange(len(blocks), dtype=np.int64) * width
+    return Windows(blocks.ids.reshape(-1), starts, blocks.lengths.astype(np.int64), np.zeros_like(starts))
 
 
-def unpack(rows: Rows) -> np.ndarray:
-    """Return the stream of ids that `rows.pack` cut into rows."""
-    return np.concatenate([rows.ids[0, :1], rows.ids[:, 1:].reshape(-1)[: rows.targets]])
+def unpack_stream(blocks: Blocks) -> np.ndarray:
+    """Return the stream of ids, (tokens,), that `pack_blocks` cut into blocks."""
+    return np.concatenate([blocks.ids[0, :1], blocks.ids[:, 1:].reshape(-1)[: blocks.targets]])
 
 
-def spans(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Return start, start + 1, ..., start + count - 1 for each pair, one after the other: (sum of counts,) int64."""
+def concatenate_ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Return start, start + 1, ..., start + count - 1 for each pair, concatenated: (sum of counts,) int64."""
     before = np.cumsum(counts) - counts
     return np.repeat(starts - before, counts) + np.arange(counts.sum())
 
 
-def _lay(texts: list[np.ndarray], places) -> Windows:
-    """Put the texts one after the other, and on each the windows that `places` gives for its length."""
+def _place_windows(texts: list[np.ndarray], layout: Callable[[int], tuple]) -> Windows:
+    """Concatenate the texts, and place on each the windows that `layout` returns for its length."""
     texts = [text for text in texts if len(text) > 1]
     found, offset = [np.empty((3, 0), np.int64)], 0
     for text in texts:
-        starts, lengths, skips = places(len(text))
+        starts, lengths, skips = layout(len(text))
         found.append(np.stack([starts + offset, lengths, skips]))
         offset += len(text)
     ids = np.concatenate(texts) if texts else np.empty(0, np.uint16)

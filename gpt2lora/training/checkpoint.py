@@ -1,7 +1,8 @@
-"""Checkpoints of training: a run that was killed goes on from its newest one, to the same bytes as one that was not.
+"""Checkpoints of training: a run that was killed resumes from its newest one, and ends with the same bytes as without.
 
-A run has a folder named by a hash of all that decides its result, so that no run goes on from another's. A checkpoint
-is one file of safetensors, STEP-DIGEST.safetensors; the SHA-256 of its bytes in its name tells whether it is whole.
+Each run has a folder named by a hash of everything that decides its result, so that no run resumes from another's
+checkpoint. A checkpoint is one safetensors file, STEP-DIGEST.safetensors. The SHA-256 in its name tells whether it is
+complete.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import os
 import platform
 import shutil
 import signal
+import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,25 +22,26 @@ from pathlib import Path
 import torch
 from safetensors.torch import load, save
 
-from gpt2lora.pipeline.artifacts import digests, file_digest, whole
-from gpt2lora.pipeline.cli import say
+from gpt2lora.pipeline.artifacts import atomic_output, digests, file_digest
+from gpt2lora.pipeline.cli import echo
 
-KEPT = 2
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "numpy")  # whose versions decide the bits of a result
+CHECKPOINTS_KEPT = 2
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "numpy")  # their versions decide the bits of a result
 
 
 @dataclass
 class Checkpoints:
-    """Those of one run. every: steps from one to the next, 0 for none; caught: signals that asked the run to stop."""
+    """The checkpoints of one run."""
 
     folder: Path
-    every: int
-    caught: list[int]
+    interval: int  # steps between two checkpoints; 0: none are written
+    caught: list[int]  # signals that asked the run to stop, from `catch_signals`
     writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
     writing: Future | None = None
 
-    def due(self, step: int, stopping: bool) -> bool:
-        return self.every > 0 and (step % self.every == 0 or stopping)
+    def is_due(self, step: int, stopping: bool) -> bool:
+        """Tell whether to write a checkpoint after this step."""
+        return self.interval > 0 and (step % self.interval == 0 or stopping)
 
     def write(
         self,
@@ -49,47 +52,52 @@ class Checkpoints:
         losses: list[torch.Tensor],
         record: dict,
     ) -> None:
-        """Take a checkpoint, and write it while training goes on.
+        """Copy the state to the CPU, and write it to disk in a thread while training continues.
+
+        Args:
+            best: the values of `trained` at the lowest validation loss.
+            losses: of the steps since the last validation.
+            record: everything else that a resumed run needs, as JSON can hold it.
 
         Raises:
-            Stop: the disk was full when the one before was written; those before it are still there.
+            StageError: the disk was full when the checkpoint before was written; older ones are still there.
         """
         self.wait()
-        held = pack(trained, optimizer, best, losses)
-        self.writing = self.writer.submit(self.put, step, held, json.dumps(record))
+        tensors = collect_tensors(trained, optimizer, best, losses)
+        self.writing = self.writer.submit(self.write_file, step, tensors, json.dumps(record))
 
     def wait(self) -> None:
-        """Wait until the last checkpoint is written; raise what went wrong."""
+        """Wait until the last checkpoint is written, and raise its error if it failed."""
         if self.writing:
             self.writing.result()
 
-    def put(self, step: int, held: dict[str, torch.Tensor], record: str) -> None:
-        """Add a file, then drop all but the newest two: a process killed at any point leaves one that is whole."""
-        # One key of metadata: safetensors writes several in any order.
-        content = save(held, {"record": record})
-        with whole(self.folder / f"{step:08d}-{digest(content)}.safetensors") as file:
+    def write_file(self, step: int, tensors: dict[str, torch.Tensor], record: str) -> None:
+        """Write a checkpoint, then remove all but the newest two: at any moment a complete one exists."""
+        # A single metadata key: safetensors writes several keys in a random order.
+        content = save(tensors, {"record": record})
+        with atomic_output(self.folder / f"{step:08d}-{short_digest(content)}.safetensors") as file:
             file.write_bytes(content)
-        for path in self.files()[KEPT:]:
+        for path in self.files()[CHECKPOINTS_KEPT:]:
             path.unlink(missing_ok=True)
 
     def resume(
         self, trained: list[torch.Tensor], optimizer: torch.optim.Optimizer
     ) -> tuple[int, list[torch.Tensor], list[torch.Tensor], dict] | None:
-        """Put back the newest checkpoint that is whole; return its step, best, losses and record, as `write` got them.
+        """Restore the newest complete checkpoint; return its step, best, losses and record, as passed to `write`.
 
-        Damaged ones are named and removed.
+        A damaged checkpoint is reported and removed. Without any, return None.
         """
-        for begun in self.folder.glob(".*"):  # by a run that was killed while it wrote
-            begun.unlink()
-        for file in self.files() if self.every else []:
+        for unfinished in self.folder.glob(".*"):  # of a run that was killed while it wrote
+            unfinished.unlink()
+        for file in self.files() if self.interval else []:
             step, expected = file.stem.split("-")
             content = file.read_bytes()
-            if digest(content) == expected:
-                # The header: its length in 8 bytes, then JSON.
+            if short_digest(content) == expected:
+                # The header of a safetensors file: its length in 8 bytes, then JSON.
                 header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-                best, losses = unpack(load(content), trained, optimizer)
+                best, losses = restore_tensors(load(content), trained, optimizer)
                 return int(step), best, losses, json.loads(header["__metadata__"]["record"])
-            say(f"train: warning: {file} is damaged: skipped and removed")
+            echo(f"train: warning: {file} is damaged: skipped and removed")
             file.unlink()
         return None
 
@@ -98,44 +106,52 @@ class Checkpoints:
         return sorted(self.folder.glob("[0-9]*-*.safetensors"), reverse=True)
 
     def stop(self, step: int, steps: int) -> None:
-        """End the process as the signal that was caught asks for: 130 after SIGINT, 143 after SIGTERM."""
+        """Exit with 130 after SIGINT, with 143 after SIGTERM."""
         self.wait()
-        kept = f"kept in {self.folder}: run the same command to go on"
-        if not self.every:
-            kept = "nothing is kept, since train.checkpoint_every is 0"
-        say(f"train: stopped after step {step} of {steps}; {kept}")
+        kept = f"checkpoint in {self.folder}: run the same command to resume"
+        if not self.interval:
+            kept = "no checkpoint, since train.checkpoint_every is 0"
+        echo(f"train: stopped after step {step} of {steps}; {kept}")
         raise SystemExit(128 + self.caught[0])
 
     def remove(self) -> None:
-        """Remove the run's folder, and the one around it unless it holds those of other runs."""
+        """Remove the run's folder, and its parent unless that holds other runs."""
         self.writer.shutdown()
         shutil.rmtree(self.folder, ignore_errors=True)
         with contextlib.suppress(OSError):
             self.folder.parent.rmdir()
 
 
-def key(parameters: dict, folders: Iterable[Path], code: Iterable[Path], device: object) -> str:
-    """Return 16 hex digits that stand for all that decides a run's result.
+def run_key(parameters: dict, folders: Iterable[Path], code: Iterable[Path], device: object) -> str:
+    """Return 16 hex digits that identify everything that decides a run's result.
 
     Args:
-        parameters: all that were read from params.yaml.
-        folders: the inputs; each file in them counts, by its name and its bytes.
-        device: what computes, as JSON can hold it: kernels differ, and round differently.
+        parameters: all parameters that the run reads.
+        folders: the inputs; the name and the content of each file count.
+        code: Python files; name and content count.
+        device: the hardware, as JSON can hold it: other kernels round differently.
     """
     versions = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
     facts = [parameters, versions, device]
     facts += [digests(folder) for folder in folders]
     facts += [[file.name, file_digest(file)] for file in sorted(code)]
-    return digest(json.dumps(facts, sort_keys=True).encode())
+    return short_digest(json.dumps(facts, sort_keys=True).encode())
 
 
-def digest(content: bytes) -> str:
+def code_files(script: Path) -> set[Path]:
+    """Return the script of a stage, and all imported modules of the stages and of the library."""
+    modules = [module for name, module in sys.modules.items() if name.startswith(("stages.", "gpt2lora."))]
+    return {script, *(Path(module.__file__) for module in modules)}
+
+
+def short_digest(content: bytes) -> str:
+    """Return the first 16 hex digits of the SHA-256."""
     return hashlib.sha256(content).hexdigest()[:16]
 
 
 @contextlib.contextmanager
-def signals() -> Iterator[list[int]]:
-    """Yield a list that takes SIGINT and SIGTERM instead of their ending the process; the second one ends it."""
+def catch_signals() -> Iterator[list[int]]:
+    """Yield a list that collects the first SIGINT or SIGTERM; the second one ends the process as usual."""
     caught: list[int] = []
 
     def restore() -> None:
@@ -145,8 +161,8 @@ def signals() -> Iterator[list[int]]:
     def catch(number: int, _) -> None:
         caught.append(number)
         restore()
-        # Not print: the signal may have come in the midst of another one.
-        os.write(2, b"\ntrain: stopping after this step; once more stops at once\n")
+        # Not print, which must not be called again while the signal interrupts it.
+        os.write(2, b"\ntrain: stopping after this step; a second signal stops at once\n")
 
     before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -155,41 +171,41 @@ def signals() -> Iterator[list[int]]:
         restore()
 
 
-def pack(
+def collect_tensors(
     trained: list[torch.Tensor], optimizer: torch.optim.Optimizer, best: list[torch.Tensor], losses: list[torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Return copies of all tensors that decide what the next steps do, by name, on the CPU."""
-    held = {f"value.{place}": value for place, value in enumerate(trained)}
-    held |= {f"best.{place}": value for place, value in enumerate(best)}
-    held |= {
-        f"optimizer.{place}.{name}": value
-        for place, state in optimizer.state_dict()["state"].items()
+    """Return copies on the CPU of all tensors that decide the following steps, by name."""
+    tensors = {f"value.{index}": value for index, value in enumerate(trained)}
+    tensors |= {f"best.{index}": value for index, value in enumerate(best)}
+    tensors |= {
+        f"optimizer.{index}.{name}": value
+        for index, state in optimizer.state_dict()["state"].items()
         for name, value in state.items()
     }
     if losses:
-        held["losses"] = torch.stack(losses)
-    held["random.cpu"] = torch.get_rng_state()
+        tensors["losses"] = torch.stack(losses)
+    tensors["random.cpu"] = torch.get_rng_state()
     if trained[0].is_cuda:
-        held["random.cuda"] = torch.cuda.get_rng_state(trained[0].device)
-    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in held.items()}
+        tensors["random.cuda"] = torch.cuda.get_rng_state(trained[0].device)
+    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
 
 
-def unpack(
-    held: dict[str, torch.Tensor], trained: list[torch.Tensor], optimizer: torch.optim.Optimizer
+def restore_tensors(
+    tensors: dict[str, torch.Tensor], trained: list[torch.Tensor], optimizer: torch.optim.Optimizer
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Put back what `pack` took, into `trained`, `optimizer` and the random generators; return best and losses."""
+    """Restore `trained`, `optimizer` and the random number generators; return best and losses."""
     device = trained[0].device
     with torch.no_grad():
-        for place, value in enumerate(trained):
-            value.copy_(held[f"value.{place}"])
+        for index, value in enumerate(trained):
+            value.copy_(tensors[f"value.{index}"])
     state: dict[int, dict[str, torch.Tensor]] = {}
-    for name, value in held.items():
+    for name, value in tensors.items():
         if name.startswith("optimizer."):
-            _, place, part = name.split(".")
-            state.setdefault(int(place), {})[part] = value
+            _, index, key = name.split(".")
+            state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    torch.set_rng_state(held["random.cpu"])
-    if "random.cuda" in held:
-        torch.cuda.set_rng_state(held["random.cuda"], device)
-    best = [held[f"best.{place}"] for place in range(len(trained)) if f"best.{place}" in held]
-    return best, list(held["losses"].to(device)) if "losses" in held else []
+    torch.set_rng_state(tensors["random.cpu"])
+    if "random.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["random.cuda"], device)
+    best = [tensors[f"best.{index}"] for index in range(len(trained)) if f"best.{index}" in tensors]
+    return best, list(tensors["losses"].to(device)) if "losses" in tensors else []

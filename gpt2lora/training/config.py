@@ -7,7 +7,9 @@ from gpt2lora.pipeline import params
 
 
 @dataclass
-class Train:
+class TrainParams:
+    """The section `train`; params.yaml says what each key means."""
+
     epochs: int
     batch_size: int
     accumulation_steps: int
@@ -32,8 +34,8 @@ class Train:
         for name in ("warmup_fraction", "base_dropout"):
             share = getattr(self, name)
             params.require(0 <= share < 1, f"train.{name}", share, "a number of at least 0, below 1")
-        good = self.checkpoint_every is None or self.checkpoint_every >= 0
-        params.require(good, "train.checkpoint_every", self.checkpoint_every, "an integer of at least 0, or null")
+        valid = self.checkpoint_every is None or self.checkpoint_every >= 0
+        params.require(valid, "train.checkpoint_every", self.checkpoint_every, "an integer of at least 0, or null")
         params.require(0 <= self.weight_decay < math.inf, "train.weight_decay", self.weight_decay, "0 or more")
         known = self.precision in params.PRECISIONS
         params.require(known, "train.precision", self.precision, f"one of {', '.join(params.PRECISIONS)}")

@@ -1,8 +1,10 @@
-"""The gradient of a batch, computed in one of three ways that differ in speed alone.
+"""How the gradient of a batch is computed: eager, captured as a CUDA graph, or compiled and captured.
 
-- eager: PyTorch starts kernel after kernel. On a GPU a small model waits for Python most of the time.
-- recorded: the kernels of one batch are recorded once, as a CUDA graph, and replayed for every batch.
-- compiled: the same, of kernels that torch.compile makes of the layers and of the softmax. That takes seconds first.
+- eager: PyTorch launches kernel after kernel. On a GPU, a small model then waits for Python most of the time.
+- captured: the kernels of one batch are captured once as a CUDA graph, which is replayed for every batch.
+- compiled: torch.compile first makes faster kernels of the layers and of the softmax. This takes seconds.
+
+All three compute the same gradients.
 """
 
 import contextlib
@@ -18,175 +20,169 @@ import torch
 import torch._functorch.config as autograd_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gpt2lora.dataset.blocks import Rows
+from gpt2lora.dataset.blocks import Blocks
 from gpt2lora.model.head import body_and_head
 from gpt2lora.pipeline import params
-from gpt2lora.pipeline.cli import say
-from gpt2lora.training.loss import nll_sum, to_probabilities
+from gpt2lora.pipeline.cli import echo
+from gpt2lora.training.loss import nll_sum, softmax_nll
 
-WORTH_IT = 5e14  # parameters times tokens of a run from which compilation saves more time than it takes
-# PyTorch's kernels of attention, the fastest first; it takes the first that can do what is asked, the last always can.
-ATTENTION = [
-    SDPBackend.CUDNN_ATTENTION,  # 5 % of a step of GPT-2 124M faster than flash on an H200; not deterministic
+COMPILE_THRESHOLD = 5e14  # parameters times tokens of a run, above which compilation saves more time than it takes
+# PyTorch's attention kernels, the fastest first. It uses the first that supports the inputs; the last always does.
+ATTENTION_KERNELS = [
+    SDPBackend.CUDNN_ATTENTION,  # a step of GPT-2 124M is 5 % faster than with flash on an H200; not deterministic
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
-FULL = 0.9  # share of a batch's places that must hold tokens, or padding would cost more than recording saves
-_ending: list[threading.Thread] = []  # those that end helpers of the compiler
+MIN_FILL = 0.9  # share of a batch's positions that must hold tokens, or padding costs more than a CUDA graph saves
+_shutdowns: list[threading.Thread] = []  # threads that shut down compile workers
 
 
 @dataclass
-class Gradient:
-    """What adds the gradient of a batch's mean loss to the parameters' own, and returns its summed loss, nats.
+class Backward:
+    """Call it with a batch: it adds the gradient of the mean loss to the parameters' gradients.
 
-    Between steps these are to be None: to add to zeros costs time and memory.
-
-    Its arguments are inputs and targets, both (rows, tokens) int64, and the number of tokens to divide the loss by.
+    Args of a call: inputs and targets, (rows, tokens) int64, and the number of tokens to divide the summed loss by.
+    It returns the summed loss in nats. Set gradients to None between steps; adding into zeros costs time and memory.
     """
 
-    add: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    compute: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
     device: torch.device
-    shape: tuple[int, int] | None  # of every batch; None: as it comes
-    # Around what runs between two batches and leaves nothing on the device: a validation, say.
-    between: Callable[[], AbstractContextManager] = contextlib.nullcontext
+    shape: tuple[int, int] | None  # that every batch is padded to; None: batches keep their own
+    # The context of other computations between two batches, such as validation, that leave nothing on the device: they
+    # use the memory that the next replay overwrites.
+    share_memory: Callable[[], AbstractContextManager] = contextlib.nullcontext
 
-    def __call__(self, *given: torch.Tensor) -> torch.Tensor:
-        return self.add(*given)
+    def __call__(self, inputs: torch.Tensor, targets: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+        return self.compute(inputs, targets, count)
 
 
-def prepare(
-    model: torch.nn.Module, train: Rows, batch_size: int, compiled: str, steps: int, dtype: torch.dtype
-) -> Gradient:
-    """Choose the way, say which and why, and make it ready. The random state is left as it was.
+def prepare_backward(
+    model: torch.nn.Module, train: Blocks, batch_size: int, compiled: str, steps: int, dtype: torch.dtype
+) -> Backward:
+    """Choose how to compute gradients, print the choice and its reason, and compile and capture what is needed.
+
+    The state of the random number generators does not change.
 
     Args:
         compiled: train.compile: "auto", "always" or "never".
     """
     device = next(model.parameters()).device
     shape = (batch_size, train.width)
-    way, reason = choose(model, train, steps * shape[0] * shape[1], compiled, device)
-    say(f"train: {way} steps: {reason}")
-    if way == "eager":
-        return plain(model, dtype)
-    softmax = to_probabilities
-    if way == "compiled":
-        wait_for_helpers()  # of what this process compiled before
+    mode, reason = choose_execution(model, train, steps * shape[0] * shape[1], compiled, device)
+    echo(f"train: {mode} steps: {reason}")
+    if mode == "eager":
+        return eager_backward(model, dtype)
+    softmax = softmax_nll
+    if mode == "compiled":
+        wait_for_compile_workers()
         compile_layers(model)
-        softmax = torch.compile(to_probabilities, dynamic=False)
-    with sdpa_kernel(ATTENTION, set_priority=True):  # what is recorded keeps the kernels chosen here
-        replay, between = recorded(model, eager(model, dtype, softmax), shape, device)
-    if way == "compiled":
-        end_helpers()
-    return Gradient(replay, device, shape, between)
+        softmax = torch.compile(softmax_nll, dynamic=False)
+    with sdpa_kernel(ATTENTION_KERNELS, set_priority=True):  # the graph keeps the kernels that are chosen now
+        replay, share_memory = capture_cuda_graph(model, make_backward(model, dtype, softmax), shape, device)
+    if mode == "compiled":
+        shut_down_compile_workers()
+    return Backward(replay, device, shape, share_memory)
 
 
-def end_helpers() -> None:
-    """End the compiler's helper processes: that takes a second, here beside the steps and not when the process ends."""
-    from torch._inductor.async_compile import shutdown_compile_workers
-
-    _ending.append(threading.Thread(target=shutdown_compile_workers))
-    _ending[-1].start()
-
-
-def wait_for_helpers() -> None:
-    """Wait until they have ended: what is compiled before that finds them closed, after that it starts new ones."""
-    while _ending:
-        _ending.pop().join()
-
-
-def choose(model: torch.nn.Module, train: Rows, tokens: int, compiled: str, device: torch.device) -> tuple[str, str]:
-    """Return the way for a run of so many tokens, and why."""
+def choose_execution(
+    model: torch.nn.Module, train: Blocks, tokens: int, compiled: str, device: torch.device
+) -> tuple[str, str]:
+    """Return "eager", "captured" or "compiled" for a run of so many tokens, and the reason."""
     if device.type != "cuda":
         return "eager", "CUDA graphs are for GPUs"
     if any(type(module).__name__ == "Linear8bitLt" for module in model.modules()):
-        return "eager", "8-bit layers look for outliers in their input, and Python waits for what they find"
-    if train.targets < FULL * len(train) * train.width:
+        return "eager", "8-bit layers look for outliers in their input, and Python waits for the result"
+    if train.targets < MIN_FILL * len(train) * train.width:
         return "eager", "rows differ in length"
     if any(any(getattr(module, "use_dora", {}).values()) for module in model.modules()):
-        return "recorded", "one CUDA graph a batch; DoRA's norms do not compile"
+        return "captured", "one CUDA graph a batch; DoRA's norms do not compile"
     if compiled == "never":
-        return "recorded", "train.compile is never"
-    if lacking := lacks():
-        params.require(compiled == "auto", "train.compile", compiled, f"auto or never, without {lacking}")
-        return "recorded", f"to compile them takes {lacking}"
+        return "captured", "train.compile is never"
+    if missing := missing_compile_requirement():
+        params.require(compiled == "auto", "train.compile", compiled, f"auto or never, without {missing}")
+        return "captured", f"compilation needs {missing}"
     if compiled == "always":
         return "compiled", "train.compile is always"
     work = sum(value.numel() for value in model.parameters()) * tokens
-    way = "compiled" if work >= WORTH_IT else "recorded"
-    return way, f"{work:.1e} parameters x tokens; from {WORTH_IT:.0e} on, compilation is worth the seconds it takes"
+    mode = "compiled" if work >= COMPILE_THRESHOLD else "captured"
+    return mode, f"{work:.1e} parameters x tokens; compilation saves time from {COMPILE_THRESHOLD:.0e} on"
 
 
-def lacks() -> str | None:
-    """Return what torch.compile needs on a GPU and is not here."""
+def missing_compile_requirement() -> str | None:
+    """Return what torch.compile needs on a GPU and this machine lacks, or None."""
     if find_spec("triton") is None:
         return "Triton"
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")  # as Triton looks for one
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")  # where Triton looks for one
     return None if compiler else "a C compiler"
 
 
-def plain(model: torch.nn.Module, dtype: torch.dtype) -> Gradient:
-    return Gradient(eager(model, dtype, to_probabilities), next(model.parameters()).device, None)
+def eager_backward(model: torch.nn.Module, dtype: torch.dtype) -> Backward:
+    """Return eager computation, for batches of any shape."""
+    return Backward(make_backward(model, dtype, softmax_nll), next(model.parameters()).device, None)
 
 
-def eager(model: torch.nn.Module, dtype: torch.dtype, softmax: Callable) -> Callable:
-    def add(inputs: torch.Tensor, targets: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+def make_backward(model: torch.nn.Module, dtype: torch.dtype, softmax: Callable) -> Callable:
+    """Return the function that computes the loss of a batch and its backward pass."""
+
+    def compute(inputs: torch.Tensor, targets: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
         nll = nll_sum(model, inputs, targets, dtype, softmax)
         (nll / count).backward()
         return nll.detach()
 
-    return add
+    return compute
 
 
-def recorded(
-    model: torch.nn.Module, add: Callable, shape: tuple[int, int], device: torch.device
+def capture_cuda_graph(
+    model: torch.nn.Module, compute: Callable, shape: tuple[int, int], device: torch.device
 ) -> tuple[Callable, Callable[[], AbstractContextManager]]:
-    """Run `add` a few times, which compiles what is to be compiled, then record it.
+    """Run `compute` a few times, so that everything is compiled, then capture it.
 
     Returns:
-        What replays it, and a context in which what is allocated comes from the memory that a replay writes over.
+        The function that replays the graph, and `share_memory` of Backward.
     """
     inputs, targets = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2))
     count = torch.ones((), device=device)
-    random = torch.cuda.get_rng_state(device)
-    aside = torch.cuda.Stream(device)
-    aside.wait_stream(torch.cuda.current_stream(device))
-    torch.cuda.empty_cache()  # of what was free, but of another stream
-    with torch.cuda.stream(aside):
+    random_state = torch.cuda.get_rng_state(device)
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    torch.cuda.empty_cache()  # free memory of another stream cannot be reused
+    with torch.cuda.stream(stream):
         for _ in range(3):
-            add(inputs, targets, count)
-    torch.cuda.current_stream(device).wait_stream(aside)
+            compute(inputs, targets, count)
+    torch.cuda.current_stream(device).wait_stream(stream)
     trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    model.zero_grad()  # with nothing to add to, what is recorded hands its gradients over: no sums, no second memory
+    # Without gradients to add to, the captured backward pass writes its own: no sums, and no second copy in memory.
+    model.zero_grad()
     torch.cuda.empty_cache()
     graph, pool = torch.cuda.CUDAGraph(), torch.cuda.MemPool()
-    with torch.cuda.graph(graph, pool.id, aside):  # cuBLAS holds memory for each stream that it works on
-        nll = add(inputs, targets, count)
+    with torch.cuda.graph(graph, pool.id, stream):  # the same stream: cuBLAS holds memory for each stream
+        nll = compute(inputs, targets, count)
     written = [parameter.grad for parameter in trained]
     model.zero_grad()
-    torch.cuda.set_rng_state(random, device)
+    torch.cuda.set_rng_state(random_state, device)
 
-    def replay(*given: torch.Tensor) -> torch.Tensor:
-        for place, value in zip((inputs, targets, count), given, strict=True):
-            place.copy_(value)
-        add_up(trained, written, graph.replay)
+    def replay(*batch: torch.Tensor) -> torch.Tensor:
+        for static, value in zip((inputs, targets, count), batch, strict=True):
+            static.copy_(value)
+        add_gradients(trained, written, graph.replay)
         return nll
 
     @contextlib.contextmanager
-    def between() -> Iterator[None]:
-        usual = torch.cuda.current_stream(device)
-        aside.wait_stream(usual)
-        with torch.cuda.stream(aside), torch.cuda.use_mem_pool(pool, device):
+    def share_memory() -> Iterator[None]:
+        current = torch.cuda.current_stream(device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream), torch.cuda.use_mem_pool(pool, device):
             yield
-        usual.wait_stream(aside)
+        current.wait_stream(stream)
 
-    return replay, between
+    return replay, share_memory
 
 
-def add_up(trained: list[torch.Tensor], written: list[torch.Tensor], write: Callable[[], None]) -> None:
-    """Call `write`, which writes a batch's gradients over those in `written`, and add them to the parameters' own.
+def add_gradients(trained: list[torch.Tensor], written: list[torch.Tensor], write: Callable[[], None]) -> None:
+    """Call `write`, which overwrites the tensors `written` with a batch's gradients, and add them to the parameters'.
 
-    All parameters have one, or none has: then they get what is `written`, until the next call.
+    If the parameters have no gradients yet, they get the tensors in `written` themselves, until the next call.
     """
     before = [parameter.grad for parameter in trained]
     if before[0] is written[0]:
@@ -194,20 +190,34 @@ def add_up(trained: list[torch.Tensor], written: list[torch.Tensor], write: Call
     write()
     if before[0] is not None:
         torch._foreach_add_(before, written)
-    for parameter, each in zip(trained, written if before[0] is None else before, strict=True):
-        parameter.grad = each
+    for parameter, gradient in zip(trained, written if before[0] is None else before, strict=True):
+        parameter.grad = gradient
 
 
 def compile_layers(model: torch.nn.Module) -> None:
-    """Compile the layers one by one: they are alike, and share what the first one takes seconds for."""
-    # Share of what a compiled layer would keep for its backward pass that it may keep; what is cheapest is computed
-    # again. With GPT-2 124M at 8 x 1,024 tokens on an H100 that saves a third of the memory, for 0.5 % of the time.
+    """Compile the layers one by one: they are alike, so only the first one takes seconds."""
+    # The share of activations that a compiled layer may keep for its backward pass; the cheapest are recomputed.
+    # With GPT-2 124M at 8 x 1,024 tokens on an H100 this saves a third of the memory, for 0.5 % of the time.
     autograd_config.activation_memory_budget = 0.8
-    # Or no later run finds the layers, for LowRankUpdate in them, in the cache on disk of what is derived and divided.
+    # Without this, torch does not cache layers on disk that hold a custom autograd function such as LowRankUpdate.
     autograd_config.autograd_cache_allow_custom_autograd_functions = True
     body, _ = body_and_head(model)
     layers = next(module for module in body.modules() if isinstance(module, torch.nn.ModuleList))
     if hasattr(model, "get_base_model"):
-        model.get_base_model().enable_input_require_grads()  # or the first layer, unlike all others, needs its own
+        model.get_base_model().enable_input_require_grads()  # otherwise the first layer differs from all others
     for layer in layers:
         layer.compile(dynamic=False)
+
+
+def shut_down_compile_workers() -> None:
+    """Shut down the compile workers in a thread, so that exit does not wait for them."""
+    from torch._inductor.async_compile import shutdown_compile_workers
+
+    _shutdowns.append(threading.Thread(target=shutdown_compile_workers))
+    _shutdowns[-1].start()
+
+
+def wait_for_compile_workers() -> None:
+    """Wait until the workers have shut down: compiling before that fails on their closed pool."""
+    while _shutdowns:
+        _shutdowns.pop().join()

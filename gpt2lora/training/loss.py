@@ -1,9 +1,9 @@
-"""The negative log-likelihood of token rows under a model: the loss that is trained.
+"""The training loss: the negative log-likelihood of blocks of tokens, with the output head and its loss fused.
 
-The output head and its cross entropy are one, a chunk of tokens at a time: the logits of a batch are never held.
 Logits are by far the largest array of a small language model: with GPT-2's vocabulary, 1.6 GB in fp32 for 8 rows of
-1,024 tokens, and autograd holds several such. Here the gradient with respect to the states is computed while a
-chunk's logits are there, in the forward pass (as in Hsu et al., 2024, Liger Kernel, arXiv:2410.10989).
+1,024 tokens, and autograd keeps several such arrays. Here the logits are computed for a chunk of tokens at a time, and
+the gradient with respect to the hidden states is computed in the forward pass, while the chunk's logits are there
+(as in Hsu et al., 2024, Liger Kernel, arXiv:2410.10989).
 """
 
 from collections.abc import Callable
@@ -12,27 +12,27 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from gpt2lora.dataset.blocks import Rows
-from gpt2lora.model.head import autocast, body_and_head, put
+from gpt2lora.dataset.blocks import Blocks
+from gpt2lora.model.head import autocast, body_and_head, to_device
 
-IGNORED = -100  # as a target: not scored
-CHUNKS = {"cuda": 2048, "cpu": 256}  # tokens; on a CPU, what fits its cache
-MULTIPLES = {"cuda": 64, "cpu": 1}  # of which a GPU wants the rows of the head, or its matrix products are slow
+IGNORE_INDEX = -100  # as a target: not scored
+CHUNK_TOKENS = {"cuda": 2048, "cpu": 256}
+VOCABULARY_MULTIPLE = {"cuda": 64, "cpu": 1}  # to which the head's rows are padded: GPU products are slow otherwise
 
 
-def to_probabilities(
-    logits: torch.Tensor, own: torch.Tensor, scored: torch.Tensor, vocabulary: int, exact: torch.dtype
+def softmax_nll(
+    logits: torch.Tensor, targets: torch.Tensor, scored: torch.Tensor, vocabulary: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Put probabilities in the place of the logits; return the summed negative log-likelihood of the targets, nats.
+    """Replace logits by probabilities; return the summed negative log-likelihood of the targets in nats.
 
     Args:
-        logits: (tokens, at least `vocabulary`); the probability of what stands behind the vocabulary is 0.
-        own: (tokens,) int64, the targets. scored: (tokens, 1), 1 or 0: whether a token counts.
-        exact: the type to compute in.
+        logits: (tokens, at least `vocabulary`); what lies beyond the vocabulary gets the probability 0.
+        targets: (tokens,) int64. scored: (tokens, 1), 1 or 0: whether a token counts.
+        dtype: the type in which to compute.
     """
-    logits[:, vocabulary:] = -torch.inf  # the softmax of whole rows, not of their beginnings, is the faster one
-    predicted = logits.log_softmax(-1, dtype=exact)
-    nll = -(predicted.gather(1, own[:, None]) * scored).sum()
+    logits[:, vocabulary:] = -torch.inf  # a softmax of whole rows is faster than one of slices
+    predicted = logits.log_softmax(-1, dtype=dtype)
+    nll = -(predicted.gather(1, targets[:, None]) * scored).sum()
     logits.copy_(predicted.exp_())
     return nll
 
@@ -40,63 +40,63 @@ def to_probabilities(
 class LinearCrossEntropy(torch.autograd.Function):
     """The summed negative log-likelihood of `targets` under softmax(states weight^T), in nats.
 
-    Args, of apply:
-        states: (tokens, width), any float type. weight: (vocabulary, width). targets: (tokens,) int64, or IGNORED.
-        dtype: of the matrix products. Softmax and sums are fp32, or fp64 where that is fp64.
-        softmax: `to_probabilities`, or what computes the same faster.
+    Args of apply:
+        states: (tokens, width), any float type. weight: (vocabulary, width). targets: (tokens,) int64, or IGNORE_INDEX.
+        dtype: of the matrix products. Softmax and sums are fp32, or fp64 if dtype is.
+        softmax: `softmax_nll`, or a compiled version of it.
     """
 
     @staticmethod
-    def forward(ctx, states, weight, targets, dtype, softmax=to_probabilities):
-        exact = torch.promote_types(dtype, torch.float32)
+    def forward(ctx, states, weight, targets, dtype, softmax=softmax_nll):
+        sum_dtype = torch.promote_types(dtype, torch.float32)
         vocabulary = len(weight)
-        head, missing = weight.to(dtype), -vocabulary % MULTIPLES[states.device.type]
+        head, missing = weight.to(dtype), -vocabulary % VOCABULARY_MULTIPLE[states.device.type]
         if missing:
             head = F.pad(head, (0, 0, 0, missing))
-        chunk = CHUNKS[states.device.type]
-        nll = torch.zeros((), dtype=exact, device=states.device)
+        chunk = CHUNK_TOKENS[states.device.type]
+        nll = torch.zeros((), dtype=sum_dtype, device=states.device)
         needs_states, needs_weight = ctx.needs_input_grad[:2]
         states_gradient = torch.empty_like(states) if needs_states else None
-        weight_gradient = torch.zeros_like(head, dtype=exact) if needs_weight else None
+        weight_gradient = torch.zeros_like(head, dtype=sum_dtype) if needs_weight else None
         for start in range(0, len(states), chunk):
-            part, wanted = states[start : start + chunk].to(dtype), targets[start : start + chunk]
-            scored, own = (wanted != IGNORED).to(dtype)[:, None], wanted.clamp(min=0)
+            part, labels = states[start : start + chunk].to(dtype), targets[start : start + chunk]
+            scored, labels = (labels != IGNORE_INDEX).to(dtype)[:, None], labels.clamp(min=0)
             logits = part @ head.T
-            nll += softmax(logits, own, scored, vocabulary, exact)
-            # The gradient of the logits is now theirs but for the 1 of the target itself.
+            nll += softmax(logits, labels, scored, vocabulary, sum_dtype)
+            # The gradient of the logits is now in them, except for the 1 to be subtracted at the target.
             if needs_states:
-                states_gradient[start : start + chunk] = (logits @ head - head[own]) * scored
+                states_gradient[start : start + chunk] = (logits @ head - head[labels]) * scored
             if needs_weight:
                 kept = part * scored
                 weight_gradient += logits.T @ kept
-                weight_gradient.index_add_(0, own, kept.to(exact), alpha=-1)
+                weight_gradient.index_add_(0, labels, kept.to(sum_dtype), alpha=-1)
         ctx.save_for_backward(states_gradient, weight_gradient[:vocabulary] if needs_weight else None)
         return nll
 
     @staticmethod
     def backward(ctx, gradient):
-        # In place: the weight's is as large as the weight, and nobody else holds them.
-        of_states, of_weight = (None if part is None else part.mul_(gradient) for part in ctx.saved_tensors)
-        return of_states, of_weight, None, None, None
+        # In place: the weight's gradient is as large as the weight, and nothing else uses it.
+        states_gradient, weight_gradient = (None if part is None else part.mul_(gradient) for part in ctx.saved_tensors)
+        return states_gradient, weight_gradient, None, None, None
 
 
-def batch(
-    rows: Rows, places: np.ndarray, device: torch.device, shape: tuple[int, int] | None = None
+def make_batch(
+    blocks: Blocks, rows: np.ndarray, device: torch.device, shape: tuple[int, int] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return inputs and targets of some rows, both (batch, longest row - 1) int64; padding is IGNORED in targets.
+    """Return the inputs and targets of some rows, both (rows, longest row - 1) int64, padded with IGNORE_INDEX.
 
-    No attention mask is needed: padding stands last, and a causal model never looks ahead.
+    No attention mask is needed: padding is on the right, where a causal model does not look.
 
     Args:
-        shape: pads both up to it, with rows that are nothing but padding; no wider than the rows are.
+        shape: pad both to this shape, with rows of padding only; not wider than a row.
     """
-    lengths = rows.lengths[places].astype(np.int64)
-    height, width = shape or (len(places), int(lengths.max()) - 1)
-    inputs, targets = np.zeros((height, width), np.int64), np.full((height, width), IGNORED)
-    ids = rows.ids[places, : width + 1].astype(np.int64)
-    inputs[: len(places)] = ids[:, :-1]
-    targets[: len(places)] = np.where(np.arange(1, width + 1) < lengths[:, None], ids[:, 1:], IGNORED)
-    return put(inputs, device), put(targets, device)
+    lengths = blocks.lengths[rows].astype(np.int64)
+    height, width = shape or (len(rows), int(lengths.max()) - 1)
+    inputs, targets = np.zeros((height, width), np.int64), np.full((height, width), IGNORE_INDEX)
+    ids = blocks.ids[rows, : width + 1].astype(np.int64)
+    inputs[: len(rows)] = ids[:, :-1]
+    targets[: len(rows)] = np.where(np.arange(1, width + 1) < lengths[:, None], ids[:, 1:], IGNORE_INDEX)
+    return to_device(inputs, device), to_device(targets, device)
 
 
 def nll_sum(
@@ -104,9 +104,14 @@ def nll_sum(
     inputs: torch.Tensor,
     targets: torch.Tensor,
     dtype: torch.dtype,
-    softmax: Callable = to_probabilities,
+    softmax: Callable = softmax_nll,
 ) -> torch.Tensor:
-    """Return the summed negative log-likelihood of the targets in nats, fp32, with gradients."""
+    """Return the summed negative log-likelihood of the targets in nats, fp32, with its graph.
+
+    Args:
+        inputs, targets: (rows, tokens) int64, as `make_batch` returns them.
+        dtype: of layers and matrix products.
+    """
     body, head = body_and_head(model)
     with autocast(head, dtype):
         states = body(input_ids=inputs, use_cache=False).last_hidden_state

@@ -1,4 +1,4 @@
-"""What to do when a GPU's memory is too small for a step: how many rows fit, from the bytes that a token takes."""
+"""Out of memory on a GPU: measure the memory of a token, and name a batch size that fits."""
 
 import math
 from typing import TYPE_CHECKING
@@ -6,63 +6,62 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from gpt2lora.pipeline.cli import Stop
+from gpt2lora.pipeline.cli import StageError
 from gpt2lora.training import execution
-from gpt2lora.training.loop import accumulate
+from gpt2lora.training.loop import accumulate_gradients
 
 if TYPE_CHECKING:
-    from gpt2lora.dataset.blocks import Rows
-    from gpt2lora.training.config import Train
+    from gpt2lora.dataset.blocks import Blocks
+    from gpt2lora.training.config import TrainParams
+
+SAFETY_MARGIN = 0.05  # share of the memory for rows that is left to the allocator's fragmentation
 
 
-SPARE = 0.05  # share of the room for rows that is left for what the allocator cannot use
-
-
-def too_large(model: torch.nn.Module, train: "Rows", options: "Train", dtype: torch.dtype) -> Stop:
-    """Return the line for a step that did not fit, with a batch size that does."""
+def oom_error(model: torch.nn.Module, train: "Blocks", options: "TrainParams", dtype: torch.dtype) -> StageError:
+    """Return the error for a step that did not fit, with a batch size that does."""
     batch_size, tokens = options.batch_size, train.width
-    asked = f"train: out of memory at train.batch_size {batch_size}"
+    start = f"train: out of memory at train.batch_size {batch_size}"
     try:
-        fixed, row, room = measure(model, train, dtype)
-        fits = min(batch_size - 1, largest(fixed, row, room))
+        fixed, row, available = measure_memory(model, train, dtype)
+        fits = min(batch_size - 1, max_batch_size(fixed, row, available))
     except torch.OutOfMemoryError:
         fits = 0
     if fits < 1:
-        return Stop(
-            f"{asked}: not even a row of {tokens:,} tokens fits: lower tokenize.block_size, take a smaller model, or "
-            "end what else uses the GPU (nvidia-smi)"
+        return StageError(
+            f"{start}: not even a row of {tokens:,} tokens fits: lower tokenize.block_size, take a smaller model, or "
+            "end other programs that use the GPU (nvidia-smi)"
         )
-    step = batch_size * options.accumulation_steps
-    even = max(size for size in range(1, fits + 1) if step % size == 0)
-    return Stop(
-        f"{asked}: a token takes {row / tokens / 1e3:,.0f} kB, all else {fixed / 1e9:.2f} GB of {room / 1e9:.2f} GB, "
-        f"so {fits} rows of {tokens:,} tokens fit; for the same steps: -S train.batch_size={even} "
-        f"-S train.accumulation_steps={step // even}"
+    step_rows = batch_size * options.accumulation_steps
+    divisor = max(size for size in range(1, fits + 1) if step_rows % size == 0)
+    return StageError(
+        f"{start}: a token takes {row / tokens / 1e3:,.0f} kB, all else {fixed / 1e9:.2f} GB of "
+        f"{available / 1e9:.2f} GB, so {fits} rows of {tokens:,} tokens fit; for the same steps: "
+        f"-S train.batch_size={divisor} -S train.accumulation_steps={step_rows // divisor}"
     )
 
 
-def largest(fixed: int, row: int, room: int) -> int:
-    """Return how many rows of `row` bytes each fit into `room` bytes beside the `fixed` ones."""
-    return max(0, math.floor((room - fixed) * (1 - SPARE) / row))
+def max_batch_size(fixed: int, row: int, available: int) -> int:
+    """Return how many rows of `row` bytes fit into `available` bytes beside the `fixed` ones."""
+    return max(0, math.floor((available - fixed) * (1 - SAFETY_MARGIN) / row))
 
 
-def measure(model: torch.nn.Module, train: "Rows", dtype: torch.dtype) -> tuple[int, int, int]:
-    """Return bytes on the GPU: those of a step whatever its rows, those that each row adds, and all that may be used.
+def measure_memory(model: torch.nn.Module, train: "Blocks", dtype: torch.dtype) -> tuple[int, int, int]:
+    """Return bytes on the GPU: of a step without its rows, of each row, and all that are available.
 
     Raises:
         torch.OutOfMemoryError: one row does not fit.
     """
     longest = np.array([train.lengths.argmax()])
-    model.train()  # a validation that ran out of memory has left it in evaluation mode
-    execution.wait_for_helpers()
-    model.zero_grad()  # what a recorded step left keeps that step's memory from all others
+    model.train()  # a validation that ran out of memory leaves it in evaluation mode
+    execution.wait_for_compile_workers()
+    model.zero_grad()  # gradients of a captured graph keep its memory reserved
     torch.cuda.empty_cache()
-    room = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
-    add = execution.plain(model, dtype)
-    accumulate(add, train, longest, 1)  # makes the gradients, which stay, and compiles for one row what is compiled
+    available = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+    backward = execution.eager_backward(model, dtype)
+    accumulate_gradients(backward, train, longest, 1)  # creates the gradients, and compiles layers for one row
     torch.cuda.reset_peak_memory_stats()
-    held = torch.cuda.memory_allocated()
-    accumulate(add, train, longest, 1)
-    row = torch.cuda.max_memory_allocated() - held
+    allocated = torch.cuda.memory_allocated()
+    accumulate_gradients(backward, train, longest, 1)
+    row = torch.cuda.max_memory_allocated() - allocated
     state = 2 * sum(value.numel() * value.element_size() for value in model.parameters() if value.requires_grad)
-    return held + state, row, room
+    return allocated + state, row, available

@@ -1,24 +1,34 @@
-"""The learning rate of each step and of each group of parameters."""
+"""The optimizer, AdamW, and its learning rate schedule."""
 
 import math
 
 import torch
 
-from gpt2lora.training.config import Train
+from gpt2lora.training.config import TrainParams
 
 
-def learning_rate(step: int, steps: int, options: Train) -> float:
-    """Return the rate of a step, counted from 1: linear warm-up, then half a cosine down to 0 after the last."""
+def make_optimizer(model: torch.nn.Module, options: TrainParams) -> torch.optim.AdamW:
+    """Return AdamW (Loshchilov and Hutter, 2017, arXiv:1711.05101) for the parameters that require gradients.
+
+    With LoRA+ the factors B learn at `lora_plus_ratio` times the learning rate (Hayou et al., 2024, arXiv:2402.12354).
+    """
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for name, parameter in trained if ".lora_B." not in name], "ratio": 1.0},
+        {"params": [parameter for name, parameter in trained if ".lora_B." in name], "ratio": options.lora_plus_ratio},
+    ]
+    return torch.optim.AdamW(groups, options.learning_rate, weight_decay=options.weight_decay, fused=True)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Set the learning rate of each parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group["ratio"]
+
+
+def lr_at_step(step: int, steps: int, options: TrainParams) -> float:
+    """Return the scheduled learning rate of a step, counted from 1: linear warm-up, then cosine decay to 0."""
     warmup = math.ceil(options.warmup_fraction * steps)
     if step <= warmup:
         return options.learning_rate * step / warmup
     return options.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - 1 - warmup) / (steps - warmup)))
-
-
-def learning_groups(model: torch.nn.Module, ratio: float) -> list[dict]:
-    """Return AdamW's groups: the factors B learn at `ratio` times the rate of all else (LoRA+, arXiv:2402.12354)."""
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    return [
-        {"params": [parameter for name, parameter in trained if ".lora_B." not in name], "ratio": 1.0},
-        {"params": [parameter for name, parameter in trained if ".lora_B." in name], "ratio": ratio},
-    ]

@@ -91,7 +91,7 @@ def test_harvest_keeps_each_paragraph_of_prose_once(tree, tmp_path):
 
 def test_harvest_splits_whole_documents(tree, tmp_path):
     invoke(harvest.main, "--root", tree, "--out", tmp_path / "corpus")
-    pieces = {split: articles.split(text) for split, text in read(tmp_path / "corpus").items()}
+    pieces = {split: articles.split_articles(text) for split, text in read(tmp_path / "corpus").items()}
     assert [len(pieces[split]) for split in SPLITS] == [3, 1, 1]
     found = sorted(piece.strip().splitlines()[0].strip() for split in SPLITS for piece in pieces[split])
     assert found == [f"= {name} =" for name in ("man1 pack", "pack README", "pack copyright", "pack module")] + [
@@ -112,7 +112,7 @@ def test_harvest_is_the_same_again(tree, tmp_path):
 def test_an_earlier_harvest_is_no_document(tree):
     for _ in range(2):
         invoke(harvest.main, "--root", tree, "--out", tree / "corpus")
-        assert sum(len(articles.split(text)) for text in read(tree / "corpus").values()) == 5
+        assert sum(len(articles.split_articles(text)) for text in read(tree / "corpus").values()) == 5
 
 
 def test_harvest_of_a_given_size_holds_whole_documents(tree, tmp_path):
@@ -122,8 +122,10 @@ def test_harvest_of_a_given_size_holds_whole_documents(tree, tmp_path):
     assert read(tmp_path / "part") == read(tmp_path / "again")
     whole, part = ("".join(read(tmp_path / name).values()) for name in ("all", "part"))
     assert len(part.encode()) <= 1600 < len(whole.encode())
-    assert 3 <= len(articles.split(part)) < 5
-    assert {piece.strip() for piece in articles.split(part)} < {piece.strip() for piece in articles.split(whole)}
+    assert 3 <= len(articles.split_articles(part)) < 5
+    assert {piece.strip() for piece in articles.split_articles(part)} < {
+        piece.strip() for piece in articles.split_articles(whole)
+    }
 
 
 def test_harvest_refuses_what_gives_no_corpus(tmp_path):

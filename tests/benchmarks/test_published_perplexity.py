@@ -47,8 +47,8 @@ def expected_figures(tiny_model, text_file) -> list[float]:
     for stride in (POSITIONS, POSITIONS // 2):
         nll, ranks = brute_force.scored(tiny_model, [stream], [brute_force.slid(len(stream), POSITIONS, stride)])
         found.append(math.exp(nll / len(ranks)))
-    pages = protocols.pages(text)
-    texts = [[0, *tokenizer.encode(protocols.detokenise(page)).ids] for page in pages]
+    pages = protocols.split_pages(text)
+    texts = [[0, *tokenizer.encode(protocols.detokenize(page)).ids] for page in pages]
     nll, _ = brute_force.scored(tiny_model, texts, [brute_force.rolled(len(text), POSITIONS) for text in texts])
     return [*found, math.exp(nll / sum(len(re.split(r"\s+", page)) for page in pages))]
 

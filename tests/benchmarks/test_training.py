@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from benchmarks import ours, train
 from gpt2lora.dataset import blocks
-from gpt2lora.pipeline.cli import Stop
+from gpt2lora.pipeline.cli import StageError
 
 LORA = train.Row("some", "cpu", "tiny", 16, "lora", "c_attn", 4, speed=2.0, memory=0.5)
 DONE = {"steps": 3, "tokens": 192, "trained_parameters": 100, "train_loss": 5.0, "first_step_seconds": 1.0}
@@ -28,7 +28,7 @@ def few_tokens(tmp_path_factory):
     for split in ("train", "validation"):
         ids = random.integers(1, 300, (5, 17)).astype(np.uint16)
         ids[:, -1] = 0
-        blocks.save(blocks.Rows(ids, np.full(5, 16, np.int32)), folder, split)
+        blocks.save_blocks(blocks.Blocks(ids, np.full(5, 16, np.int32)), folder, split)
     return folder
 
 
@@ -85,7 +85,7 @@ def test_a_goal_is_met_where_speed_and_memory_both_are(speed, memory, row, met):
 
 def test_sides_that_did_other_work_are_not_compared():
     for name, value in (("tokens", 191), ("trained_parameters", 99), ("steps", 2)):
-        with pytest.raises(Stop, match=f"{name} differ"):
+        with pytest.raises(StageError, match=f"{name} differ"):
             train.compare(LORA, side(100), side(200, **{name: value}))
 
 

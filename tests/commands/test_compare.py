@@ -58,7 +58,7 @@ def project(tmp_path_factory) -> Path:
     (folder / "README").write_text("changed\n")
     tiny.commit(folder, "Second")
     save(folder, "low-rank", "lora", 22.5, 497_800_000, 9_500_000)
-    save(folder, "quantised", "qlora", 22.75, 201_700_000, 9_500_000)
+    save(folder, "quantized", "qlora", 22.75, 201_700_000, 9_500_000)
     save(folder, "all-weights", "full", 20.25, 0, 498_000_000)
     tiny.run(folder, "dvc", "exp", "run", "--quiet", "--queue", "--name", "waiting", "-S", "method=qlora")
     return folder
@@ -76,7 +76,7 @@ def rows(output: str) -> list[list[str]]:
 
 ALL_WEIGHTS = ["all-weights", "full", "30.00", "20.25", "-32.5%", "0.00", "498.00", "2,359,296"]
 LOW_RANK = ["low-rank", "lora", "30.00", "22.50", "-25.0%", "497.80", "9.50", "2,359,296"]
-QUANTISED = ["quantised", "qlora, 4 bits", "30.00", "22.75", "-24.2%", "201.70", "9.50", "2,359,296"]
+QUANTISED = ["quantized", "qlora, 4 bits", "30.00", "22.75", "-24.2%", "201.70", "9.50", "2,359,296"]
 OLDER = ["older", "lora", "30.00", "24.00", "-20.0%", "497.80", "9.00", "2,359,296"]
 
 
@@ -87,12 +87,12 @@ def test_without_names_all_experiments_of_the_last_commit_best_first(project):
     assert "older" not in output
     with Image.open(project / "dvc_plots/compare.png") as picture:
         assert picture.size == (800, 450)
-        assert share(picture, plots.TUNED) > 0
+        assert share(picture, plots.TUNED_COLOR) > 0
     assert tiny.run(project, "git", "status", "--short") == ""
 
 
 def test_names_choose_also_among_older_commits_branches_and_the_workspace(project):
-    assert rows(run(project, "quantised", "low-rank")) == [LOW_RANK, QUANTISED]
+    assert rows(run(project, "quantized", "low-rank")) == [LOW_RANK, QUANTISED]
     assert rows(run(project, "older", "low-rank")) == [LOW_RANK, OLDER]
     first = tiny.run(project, "git", "rev-parse", "HEAD").strip()
     for name in ("main", "workspace", first, first[:7]):
@@ -109,8 +109,8 @@ def test_an_unknown_name_is_one_line_with_the_known_ones(project):
 
 def test_no_experiment_with_figures_is_one_line(project):
     assert run(project, "waiting", fails=True).splitlines()[1:] == [
-        "compare: waiting is left out: it failed, waits in the queue, or has no figures",
-        "Error: compare: no experiment with figures: `dvc exp run` makes one, `dvc exp show` lists them",
+        "compare: waiting is left out: it failed, waits in the queue, or has no metrics",
+        "Error: compare: no experiment with metrics: `dvc exp run` makes one, `dvc exp show` lists them",
     ]
 
 
@@ -143,8 +143,8 @@ def test_runs_that_were_scored_on_other_tokens_are_warned_of(project):
 # The picture
 
 
-def a_run(name: str, tuned: float, megabytes: float, adapter: float, base: float = 29.94) -> compare.Run:
-    return compare.Run(name, "lora", (1,), base, tuned, int(megabytes * 1e6), int(adapter * 1e6), 1)
+def a_run(name: str, tuned: float, megabytes: float, adapter: float, base: float = 29.94) -> compare.Experiment:
+    return compare.Experiment(name, "lora", (1,), base, tuned, int(megabytes * 1e6), int(adapter * 1e6), 1)
 
 
 PICTURES = {
@@ -170,7 +170,7 @@ def test_every_name_is_in_view_and_covers_no_other(name, tmp_path, monkeypatch):
     runs = sorted(PICTURES[name], key=lambda run: run.tuned)
     seen: list = []
     with watched(monkeypatch, seen):
-        compare.draw(runs, tmp_path / "compare.png")
+        compare.draw_comparison(runs, tmp_path / "compare.png")
     (axes,) = seen
     check_layout(axes)
     assert [text.xy for text in axes.texts] == [(run.frozen / 1e6, run.tuned) for run in runs]
@@ -186,7 +186,7 @@ def test_every_name_is_in_view_and_covers_no_other(name, tmp_path, monkeypatch):
 def test_a_point_stands_at_memory_and_perplexity_its_area_is_the_adapter_s_share(tmp_path, monkeypatch):
     seen: list = []
     with watched(monkeypatch, seen):
-        compare.draw([a_run("a", 21, 500, 2), a_run("b", 22, 200, 8)], tmp_path / "compare.png")
+        compare.draw_comparison([a_run("a", 21, 500, 2), a_run("b", 22, 200, 8)], tmp_path / "compare.png")
     circles, centres = seen[0].collections
     assert circles.get_offsets().tolist() == centres.get_offsets().tolist() == [[500, 21], [200, 22]]
     small, large = circles.get_sizes()

@@ -21,15 +21,15 @@ from gpt2lora.commands import export
 from gpt2lora.dataset import blocks
 from gpt2lora.model import loading, lora
 from gpt2lora.model import quantization as quantization_module
-from gpt2lora.model.quantization import Quantization
-from gpt2lora.pipeline.cli import Stop
+from gpt2lora.model.quantization import QuantizationParams
+from gpt2lora.pipeline.cli import StageError
 from gpt2lora.scoring import log_likelihood
 from gpt2lora.training import loss
 
 IDS = torch.arange(3 * 40).reshape(3, 40) * 7 % 300
-NF4 = Quantization(bits=4, quant_type="nf4", double_quant=True)
-FP4 = Quantization(bits=4, quant_type="fp4", double_quant=False)
-INT8 = Quantization(bits=8, quant_type="nf4", double_quant=False)
+NF4 = QuantizationParams(bits=4, quant_type="nf4", double_quant=True)
+FP4 = QuantizationParams(bits=4, quant_type="fp4", double_quant=False)
+INT8 = QuantizationParams(bits=8, quant_type="nf4", double_quant=False)
 VARIANTS = {"plain": {}, "dora": {"use_dora": True}, "rslora": {"use_rslora": True}, "8 bits": {"bits": 8}}
 of_each_base = pytest.mark.parametrize("base", ["gpt2", "llama"])
 FIGURES = re.compile(
@@ -102,7 +102,7 @@ def tuned(base: str):
 
 def matrices(network) -> dict[str, torch.Tensor]:
     """Return the weights that have an adapter as (out, in)."""
-    transposed = lora.holds_in_out(network)
+    transposed = lora.is_fan_in_fan_out(network)
     return {name: layer.weight.T if transposed else layer.weight for name, layer in lora.linear_layers(network).items()}
 
 
@@ -140,16 +140,16 @@ def test_a_lora_export_is_what_peft_computes_without_our_code():
 def test_eight_bit_weights_are_the_stored_integers_times_their_scales(base):
     tiny.write_adapter(Path("adapter"), Path(base), INT8)
     output = run(base)
-    quantised = loading.load_base(Path(base), INT8, torch.float32)
+    quantized = loading.load_base(Path(base), INT8, torch.float32)
     found = matrices(exported())
     assert len(found) == (8 if base == "gpt2" else 14)
     for name, weight in found.items():
-        layer = quantised.get_submodule(name)
+        layer = quantized.get_submodule(name)
         expected = layer.weight.data * (layer.state.SCB / 127)[:, None] + update(name)
         torch.testing.assert_close(weight, expected, rtol=0, atol=1e-6, msg=name)
     expected = logits(tuned(base))
     assert (logits(exported()) - expected).abs().max() < 0.05 * expected.abs().max()
-    assert "(as tuned, activations are rounded to 8 bits)" in output
+    assert "(the tuned model rounds activations to 8 bits)" in output
     assert abs(figures(output)["change"]) < 0.01
 
 
@@ -181,7 +181,7 @@ def test_a_model_that_was_trained_whole():
     with torch.no_grad():
         network.transformer.h[0].mlp.c_fc.weight += 0.1
     network.save_pretrained("adapter")
-    loading.save_method(Path("adapter"), "full", None, Path("gpt2"))
+    loading.write_method(Path("adapter"), "full", None, Path("gpt2"))
     assert "all weights: loss" in run("gpt2")
     assert contents("out", "model.safetensors") == contents("adapter", "model.safetensors")
     torch.testing.assert_close(logits(exported()), logits(tuned("gpt2")), rtol=0, atol=1e-4)
@@ -238,17 +238,19 @@ def test_an_empty_folder_is_filled():
 def test_the_figures_are_those_of_the_validation_split(onto):
     tiny.write_adapter(Path("adapter"), Path("gpt2"), NF4)
     random = np.random.default_rng(1)
-    split = blocks.pack(random.integers(300, size=10 * 32, dtype=np.uint16), 32, 0)
+    split = blocks.pack_blocks(random.integers(300, size=10 * 32, dtype=np.uint16), 32, 0)
     Path("tokens").mkdir()
-    blocks.save(split, Path("tokens"), "validation")
+    blocks.save_blocks(split, Path("tokens"), "validation")
     output = run("gpt2", "--onto", onto, "--tokens", "tokens")
-    first = blocks.Rows(split.ids[:8], split.lengths[:8])
+    first = blocks.Blocks(split.ids[:8], split.lengths[:8])
     assert f"on {first.targets} tokens of the validation split" in output
-    losses = [log_likelihood.loss(network, first, 3, torch.float32, "") for network in (exported(), tuned("gpt2"))]
+    losses = [
+        log_likelihood.validation_loss(network, first, 3, torch.float32, "") for network in (exported(), tuned("gpt2"))
+    ]
     found = figures(output)
     assert [found["loss"], found["tuned"]] == pytest.approx(losses, abs=6e-5)
     assert found["change"] == pytest.approx(losses[0] - losses[1], abs=2e-6)
-    inputs, _ = loss.batch(first, np.arange(8), torch.device("cpu"))
+    inputs, _ = loss.make_batch(first, np.arange(8), torch.device("cpu"))
     with torch.no_grad():
         expected, ours = (network(input_ids=inputs).logits for network in (tuned("gpt2").eval(), exported().eval()))
     difference = float((expected - ours).abs().max())
@@ -269,10 +271,10 @@ def test_nothing_but_its_own_lines_on_a_terminal():
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_a_float_base_is_not_dequantised(method):
+def test_a_float_base_is_not_dequantized(method):
     tiny.write_adapter(Path("adapter"), Path("gpt2"))
-    loading.save_method(Path("adapter"), method, None, Path("gpt2"))
-    assert refusal("gpt2", "--onto", "dequantized").startswith("--onto dequantized: what was trained stands on a float")
+    loading.write_method(Path("adapter"), method, None, Path("gpt2"))
+    assert refusal("gpt2", "--onto", "dequantized").startswith("--onto dequantized: the adapter was trained on a float")
 
 
 def test_a_folder_that_holds_something_is_not_touched():
@@ -306,8 +308,8 @@ def test_an_adapter_of_another_base(other):
     assert refusal(other).startswith(
         f"{other}/model.safetensors is damaged, or not the one that adapter/method.json rec"
     )
-    with pytest.raises(Stop, match=r"^adapter does not fit the base, was it trained on another\? "):
-        lora.load(loading.load_base(Path(other), None, torch.float32), Path("adapter"))
+    with pytest.raises(StageError, match=r"^adapter does not fit the base, was it trained on another\? "):
+        lora.load_adapter(loading.load_base(Path(other), None, torch.float32), Path("adapter"))
 
 
 def test_no_base():
@@ -318,7 +320,7 @@ def test_no_base():
 def test_a_merge_that_is_not_what_was_trained(monkeypatch):
     tiny.write_adapter(Path("adapter"), Path("gpt2"), NF4)
     monkeypatch.setattr(
-        quantization_module, "dequantise_into", lambda *_: None
+        quantization_module, "dequantize_into", lambda *_: None
     )  # the original base in place of what was trained
     assert re.match(
         r"export: not the model that was trained: a logit differs by \S+, less than \S+ was", refusal("gpt2")
@@ -331,5 +333,5 @@ def test_an_adapter_that_is_not_finite(onto):
     values = load_file("adapter/adapter_model.safetensors")
     values[min(values)][0, 0] = float("nan")
     save_file(values, "adapter/adapter_model.safetensors", metadata={"format": "pt"})
-    loading.save_method(Path("adapter"), "qlora", NF4, Path("gpt2"))
+    loading.write_method(Path("adapter"), "qlora", NF4, Path("gpt2"))
     assert refusal("gpt2", "--onto", onto).startswith("export: not the model that was trained")

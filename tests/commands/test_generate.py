@@ -17,7 +17,7 @@ from gpt2lora.commands import generate
 from gpt2lora.dataset.tokenizer import load_tokenizer
 from gpt2lora.model import loading, quantization
 
-NF4 = quantization.Quantization(bits=4, quant_type="nf4", double_quant=True)
+NF4 = quantization.QuantizationParams(bits=4, quant_type="nf4", double_quant=True)
 PROMPT = "the river reached"
 
 

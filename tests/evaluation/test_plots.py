@@ -44,14 +44,14 @@ def places(rows: int, width: int = 32) -> list[tuple]:
 @pytest.fixture
 def tables(tmp_path) -> dict[tuple, Path]:
     return {
-        plots.TRAINING: write(tmp_path / "loss.csv", LOSS, curve(10)),
-        plots.TEST: write(tmp_path / "positions.csv", POSITIONS, places(32)),
+        plots.TRAINING_PLOTS: write(tmp_path / "loss.csv", LOSS, curve(10)),
+        plots.TEST_PLOTS: write(tmp_path / "positions.csv", POSITIONS, places(32)),
     }
 
 
 def drawn(tables: dict[tuple, Path], folder: Path) -> dict[str, bytes]:
     for wanted, table in tables.items():
-        plots.draw(wanted, table, folder)
+        plots.draw_plots(wanted, table, folder)
     return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
 
 
@@ -85,30 +85,30 @@ def test_every_plot_of_dvc_yaml_is_a_picture_of_the_same_columns_and_words(table
 
 def test_base_and_tuned_have_their_colours_and_no_other_line_has_them(tables, tmp_path):
     drawn(tables, tmp_path / "plots")
-    for plot in (*plots.TRAINING, *plots.TEST):
+    for plot in (*plots.TRAINING_PLOTS, *plots.TEST_PLOTS):
         with Image.open(tmp_path / "plots" / plot.file) as picture:
             assert picture.size == (800, 450)
-            for colour in (plots.BASE, plots.TUNED):
-                assert (share(picture, colour) > 0.001) == (plot in plots.TEST), (plot.name, colour)
+            for colour in (plots.BASE_COLOR, plots.TUNED_COLOR):
+                assert (share(picture, colour) > 0.001) == (plot in plots.TEST_PLOTS), (plot.name, colour)
 
 
 @pytest.mark.parametrize(
     ("wanted", "columns", "rows"),
     [
-        (plots.TRAINING, LOSS, curve(10)),
-        (plots.TRAINING, LOSS, curve(1)),
-        (plots.TRAINING, LOSS, curve(10, step=1, tokens=7)),
-        (plots.TRAINING, LOSS, curve(200, step=5000, tokens=65536)),
-        (plots.TRAINING, LOSS, [(5, 100, 1e-4, 1e-4, 1e-7, 1e-9), (10, 200, 1e5, 1e6, 1e-8, 1e7)]),
-        (plots.TEST, POSITIONS, places(32)),
-        (plots.TEST, POSITIONS, places(1)),
-        (plots.TEST, POSITIONS, places(32, width=4096)),
+        (plots.TRAINING_PLOTS, LOSS, curve(10)),
+        (plots.TRAINING_PLOTS, LOSS, curve(1)),
+        (plots.TRAINING_PLOTS, LOSS, curve(10, step=1, tokens=7)),
+        (plots.TRAINING_PLOTS, LOSS, curve(200, step=5000, tokens=65536)),
+        (plots.TRAINING_PLOTS, LOSS, [(5, 100, 1e-4, 1e-4, 1e-7, 1e-9), (10, 200, 1e5, 1e6, 1e-8, 1e7)]),
+        (plots.TEST_PLOTS, POSITIONS, places(32)),
+        (plots.TEST_PLOTS, POSITIONS, places(1)),
+        (plots.TEST_PLOTS, POSITIONS, places(32, width=4096)),
     ],
 )
 def test_all_texts_are_in_view_and_none_covers_another(tmp_path, monkeypatch, wanted, columns, rows):
     seen: list = []
     with watched(monkeypatch, seen):
-        plots.draw(wanted, write(tmp_path / "table.csv", columns, rows), tmp_path)
+        plots.draw_plots(wanted, write(tmp_path / "table.csv", columns, rows), tmp_path)
     assert len(seen) == len(wanted)
     for axes in seen:
         check_layout(axes)
@@ -119,7 +119,7 @@ def test_all_texts_are_in_view_and_none_covers_another(tmp_path, monkeypatch, wa
     [(0, "0"), (500, "500"), (1000, "1k"), (2500, "2.5k"), (20_000, "20k"), (1.5e6, "1.5M"), (2e9, "2G")],
 )
 def test_counts_on_an_axis_are_short(count, expected):
-    assert plots.short(count) == expected
+    assert plots.short_number(count) == expected
 
 
 # The same bytes
@@ -132,8 +132,8 @@ def test_the_same_table_gives_the_same_bytes_whatever_the_user_set_up(tables, tm
     rc.write_text("font.size: 30\naxes.facecolor: black\nlines.linewidth: 9\nsavefig.dpi: 300\n")
     code = (
         "from pathlib import Path; from gpt2lora.evaluation import plots\n"
-        "plots.draw(plots.TRAINING, Path('loss.csv'), Path('other'))\n"
-        "plots.draw(plots.TEST, Path('positions.csv'), Path('other'))"
+        "plots.draw_plots(plots.TRAINING_PLOTS, Path('loss.csv'), Path('other'))\n"
+        "plots.draw_plots(plots.TEST_PLOTS, Path('positions.csv'), Path('other'))"
     )
     settings = {"MATPLOTLIBRC": str(rc), "MPLBACKEND": "tkagg", "PYTHONPATH": str(tiny.ROOT), "TZ": "Asia/Tokyo"}
     tiny.run(tmp_path, sys.executable, "-c", code, **settings)
@@ -171,8 +171,8 @@ def test_matplotlib_is_loaded_where_it_draws_and_nowhere_else():
 
 def test_matplotlib_says_nothing_of_its_caches(tables, tmp_path):
     code = (
-        "from pathlib import Path; from gpt2lora.evaluation import plots; plots.load()\n"
-        "plots.draw(plots.TEST, Path('positions.csv'), Path('a'))"
+        "from pathlib import Path; from gpt2lora.evaluation import plots; plots.import_matplotlib()\n"
+        "plots.draw_plots(plots.TEST_PLOTS, Path('positions.csv'), Path('a'))"
     )
     # A folder that cannot be made: matplotlib warns that it makes its cache elsewhere.
     variables = os.environ | {"MPLCONFIGDIR": os.devnull, "PYTHONPATH": str(tiny.ROOT)}

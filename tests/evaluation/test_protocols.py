@@ -59,13 +59,13 @@ def test_the_hub_s_rows_are_the_lines_of_the_file_and_blank_ones_are_empty(text,
 
 
 def test_hf_scores_the_rows_joined_by_two_newlines(tokenizer):
-    task = protocols.hf(" \n = A = \n \n bé c \n", tokenizer, 64, 64)
+    task = protocols.hf_task(" \n = A = \n \n bé c \n", tokenizer, 64, 64)
     assert task.windows.ids.tolist() == ids(tokenizer, "\n\n = A = \n\n\n\n\n bé c \n")
     assert (task.words, task.bytes) == (5, len(" \n = A = \n \n bé c \n".encode()))
 
 
 def test_hf_overlaps_by_the_stride(tokenizer):
-    task = protocols.hf(TEXT * 5, tokenizer, 16, 4)
+    task = protocols.hf_task(TEXT * 5, tokenizer, 16, 4)
     assert set(np.diff(task.windows.starts)) == {4}
     assert task.windows.counts.tolist()[:-1] == [16] + [4] * (len(task.windows) - 2)
 
@@ -74,7 +74,7 @@ def test_hf_overlaps_by_the_stride(tokenizer):
 @needs_tokenizer
 @pytest.mark.parametrize(("stride", "windows"), [(1024, 281), (512, 561)])
 def test_hf_on_the_published_split(tmp_path, stride, windows):
-    task = protocols.hf(real_text(), real_tokenizer(tmp_path), 1024, stride)
+    task = protocols.hf_task(real_text(), real_tokenizer(tmp_path), 1024, stride)
     assert len(task.windows.ids) == 287_644
     assert task.windows.counts.sum() == 287_643
     assert (task.words, task.bytes, len(task.windows)) == (241_211, 1_290_590, windows)
@@ -108,7 +108,7 @@ def real_tokenizer(folder: Path):
     ],
 )
 def test_pages_begin_at_lines_that_look_like_a_title(text, expected):
-    assert protocols.pages(text) == expected
+    assert protocols.split_pages(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -126,11 +126,11 @@ def test_pages_begin_at_lines_that_look_like_a_title(text, expected):
     ],
 )
 def test_pages_are_detokenised_by_the_harness_s_rules(page, expected):
-    assert protocols.detokenise(page) == expected
+    assert protocols.detokenize(page) == expected
 
 
 def test_lm_eval_scores_detokenised_pages_and_counts_the_original_ones(tokenizer, end):
-    task = protocols.lm_eval(TEXT, tokenizer, end, 64)
+    task = protocols.lm_eval_task(TEXT, tokenizer, end, 64)
     one, two = (ids(tokenizer, text) for text in (ONE, TWO))
     assert task.windows.ids.tolist() == [end, *one, end, *two]
     assert task.windows.targets.tolist() == [*one, *two]
@@ -143,7 +143,7 @@ def test_lm_eval_scores_detokenised_pages_and_counts_the_original_ones(tokenizer
     ("text", "predicted", "words"), [("", 0, 1), ("x", 1, 1), (" \n", 1, 2), (" \n = x = \n", 5, 5)]
 )
 def test_lm_eval_predicts_a_page_s_first_token_from_the_end_of_text(tokenizer, end, text, predicted, words):
-    task = protocols.lm_eval(text, tokenizer, end, 64)
+    task = protocols.lm_eval_task(text, tokenizer, end, 64)
     assert (task.windows.counts.sum(), task.words) == (predicted, words)
     assert (task.windows.ids[task.windows.starts] == end).all()
 
@@ -151,9 +151,9 @@ def test_lm_eval_predicts_a_page_s_first_token_from_the_end_of_text(tokenizer, e
 @needs_raw
 def test_lm_eval_on_the_published_split_counts_what_published_figures_were_divided_by(tokenizer, end):
     text = real_text()
-    assert len(protocols.pages(text)) == 62
-    assert len(articles.split(text)) == 60
-    task = protocols.lm_eval(text, tokenizer, end, 64)
+    assert len(protocols.split_pages(text)) == 62
+    assert len(articles.split_articles(text)) == 60
+    task = protocols.lm_eval_task(text, tokenizer, end, 64)
     # GPT-2's word perplexity 37.3698 and byte perplexity 1.9682 (github.com/workofart/ml-by-hand/releases) come from
     # one sum, divided by the words and by the bytes.
     assert task.words * math.log(37.3698) == pytest.approx(task.bytes * math.log(1.9682), rel=5e-5)
@@ -162,7 +162,7 @@ def test_lm_eval_on_the_published_split_counts_what_published_figures_were_divid
 # native
 
 
-def write_tokens(tmp_path, tiny_model, text: str, layout: str, block_size: int) -> blocks.Rows:
+def write_tokens(tmp_path, tiny_model, text: str, layout: str, block_size: int) -> blocks.Blocks:
     from click.testing import CliRunner
 
     (tmp_path / "raw").mkdir()
@@ -173,7 +173,7 @@ def write_tokens(tmp_path, tiny_model, text: str, layout: str, block_size: int) 
     arguments = ["--raw", "raw", "--base", str(tiny_model), "--out", "tokens"]
     result = CliRunner().invoke(tokenize.main, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    return blocks.load(tmp_path / "tokens", "test")
+    return blocks.load_blocks(tmp_path / "tokens", "test")
 
 
 @pytest.mark.parametrize("stride", [1, 5, 16])
@@ -183,8 +183,8 @@ def test_native_scores_the_packed_stream_with_its_ends_of_text(
     monkeypatch.chdir(tmp_path)
     text = TEXT.replace("More . \n", "More . \n \n")
     test = write_tokens(tmp_path, tiny_model, text, "packed", 16)
-    task = protocols.native(test, "packed", text, tokenizer, stride)
-    first, second = (ids(tokenizer, article) for article in articles.split(text))
+    task = protocols.native_task(test, "packed", text, tokenizer, stride)
+    first, second = (ids(tokenizer, article) for article in articles.split_articles(text))
     assert task.windows.ids.tolist() == [*first, end, *second]
     assert task.windows.targets.tolist() == [*first, end, *second][1:]
     assert (task.words, task.bytes) == (24, len(text.encode()))
@@ -194,7 +194,7 @@ def test_native_scores_each_padded_row_and_counts_what_the_row_holds(tmp_path, m
     monkeypatch.chdir(tmp_path)
     long, short = "zqx jwv éé kpf " * 5, "a b"
     test = write_tokens(tmp_path, tiny_model, f"{short}\n\n{long}\n", "padded", 16)
-    task = protocols.native(test, "padded", f"{short}\n\n{long}\n", tokenizer, 16)
+    task = protocols.native_task(test, "padded", f"{short}\n\n{long}\n", tokenizer, 16)
     kept = tokenizer.decode(ids(tokenizer, long)[:17])
     assert long.startswith(kept.rstrip("\ufffd"))
     assert len(task.windows) == 2

@@ -103,8 +103,8 @@ def test_the_report_says_what_ran(workplace, tiny_model):
     text = Path("metrics/report.md").read_text()
     for line in (
         "- preset: local",
-        f"- base: {report.escape(str(tiny_model))}",
-        "- method: qlora, on a base of 4 bits (nf4, its scales quantised too)",
+        f"- base: {report.escape_markdown(str(tiny_model))}",
+        "- method: qlora, on a base of 4 bits (nf4, its scales quantized too)",
         "- scored: native, in windows of 32 tokens, 32 apart",
         f"- commit: {tiny.run(workplace, 'git', 'rev-parse', 'HEAD')[:12]} and changes",
     ):
@@ -130,9 +130,9 @@ def test_the_samples_are_what_base_and_tuned_model_put_behind_beginnings_of_the_
     table = [cells[start : start + 3] for start in range(place + 3, place + 12, 3)]
     text = Path("data/raw/test.txt").read_text()
     tokenizer = load_tokenizer(Path("data/base"))
-    prompts = samples.choose(text, tokenizer, 32)
-    written = samples.write(AutoModelForCausalLM.from_pretrained("data/base"), prompts, 0)
-    pieces = articles.split(text)
+    prompts = samples.choose_prompts(text, tokenizer, 32)
+    written = samples.generate_samples(AutoModelForCausalLM.from_pretrained("data/base"), prompts, 0)
+    pieces = articles.split_articles(text)
     for (prompt, base_text, tuned_text), piece, ids in zip(
         table, (pieces[0], pieces[2], pieces[-1]), written, strict=True
     ):
@@ -158,7 +158,7 @@ def test_samples_are_the_same_at_every_run(workplace):
 @example("a | b \\| c `d` **e** _f_ [g](h) <b>i</b> &amp; ~~j~~ $k$\n\n# l\n| --- |\n")
 @example("![x](y) <!-- z --> &#42; http://example.com\n    code\n- list\n1. one\n===\n---")
 def test_any_text_is_shown_as_it_is(text):
-    cells = rendered(report.table(["a", "b"], [[report.escape(text), "end"]])).cells
+    cells = rendered(report.markdown_table(["a", "b"], [[report.escape_markdown(text), "end"]])).cells
     lines = [" ".join(line.split()) for line in text.splitlines()]
     assert cells == ["a", "b", "\n".join(filter(None, lines)), "end"]
 
@@ -175,12 +175,12 @@ def test_any_text_is_shown_as_it_is(text):
     ],
 )
 def test_durations(seconds, expected):
-    assert report.duration(seconds) == expected
+    assert report.format_duration(seconds) == expected
 
 
 def test_figures_of_a_broken_model_stay_short():
-    values = dict.fromkeys(report.FIGURES, 1e304)
-    text = report.figures({"base": values, "tuned": values, "change": dict.fromkeys(report.FIGURES, 0.0)})
+    values = dict.fromkeys(report.METRIC_ROWS, 1e304)
+    text = report.metrics_table({"base": values, "tuned": values, "change": dict.fromkeys(report.METRIC_ROWS, 0.0)})
     assert max(map(len, text.splitlines())) < 80
 
 
@@ -190,14 +190,14 @@ def test_figures_of_a_broken_model_stay_short():
 @pytest.mark.parametrize("context", [1, 2, 7, 32, 64, 1024])
 def test_prompt_and_continuation_fit_into_the_context(context):
     tokenizer = load_tokenizer(Path("data/base"))
-    prompts = samples.choose(Path("data/raw/test.txt").read_text(), tokenizer, context)
+    prompts = samples.choose_prompts(Path("data/raw/test.txt").read_text(), tokenizer, context)
     assert len(prompts.ids) == 3
     (length,) = set(map(len, prompts.ids))
     assert 1 <= length <= 32
-    assert 1 <= prompts.new <= 48
-    assert length + prompts.new <= max(context, 2)
+    assert 1 <= prompts.new_tokens <= 48
+    assert length + prompts.new_tokens <= max(context, 2)
     if context == 1024:
-        assert (length, prompts.new) == (32, 48)
+        assert (length, prompts.new_tokens) == (32, 48)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_prompt_and_continuation_fit_into_the_context(context):
 )
 def test_prompts_of_a_text_without_articles_are_beginnings_of_its_paragraphs(text, expected):
     tokenizer = load_tokenizer(Path("data/base"))
-    prompts = samples.choose(text, tokenizer, 64)
+    prompts = samples.choose_prompts(text, tokenizer, 64)
     assert len(set(map(len, prompts.ids))) == 1
     found = [tokenizer.decode(ids) for ids in prompts.ids]
     assert len(found) == len(expected)
@@ -223,7 +223,7 @@ def test_a_continuation_ends_where_its_text_does():
     end = network.config.eos_token_id
     with torch.no_grad():
         network.transformer.ln_f.bias.copy_(10_000 * network.lm_head.weight[end])
-    assert samples.write(network, samples.Prompts([[5, 6], [7, 8]], 10), end) == [[], []]
+    assert samples.generate_samples(network, samples.Prompts([[5, 6], [7, 8]], 10), end) == [[], []]
 
 
 # The records
@@ -267,22 +267,22 @@ def test_without_earlier_records_evaluate_says_so(workplace, tmp_path, monkeypat
 def test_a_damaged_record_is_one_line(tmp_path):
     (tmp_path / "environment").mkdir()
     (tmp_path / "environment/train.json").write_text("{")
-    with pytest.raises(cli.Stop, match=r"environment/train.json is damaged .* `dvc repro --force train`"):
-        environment.read(tmp_path / "adapter", "train")
+    with pytest.raises(cli.StageError, match=r"environment/train.json is damaged .* `dvc repro --force train`"):
+        environment.read_record(tmp_path / "adapter", "train")
 
 
 def test_seconds_are_those_since_the_start():
-    assert environment.describe(time.perf_counter() - 100)["seconds"] == pytest.approx(100, abs=1)
+    assert environment.describe_run(time.perf_counter() - 100)["seconds"] == pytest.approx(100, abs=1)
 
 
 def test_without_git_there_is_no_commit(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", "")
-    record = environment.describe(time.perf_counter())
+    record = environment.describe_run(time.perf_counter())
     assert (record["commit"], record["uncommitted_changes"]) == (None, None)
 
 
 def test_what_is_not_installed_is_null(monkeypatch):
     monkeypatch.setattr(environment, "PACKAGES", ("numpy", "no-such-package"))
-    versions = environment.describe(time.perf_counter())["versions"]
+    versions = environment.describe_run(time.perf_counter())["versions"]
     assert versions["numpy"] and versions["no-such-package"] is None

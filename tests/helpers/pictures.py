@@ -19,7 +19,7 @@ def share(picture: Image.Image, colour: str) -> float:
 @contextlib.contextmanager
 def watched(monkeypatch, seen: list):
     """Keep the axes that are drawn on."""
-    original = plots.picture
+    original = plots.new_picture
 
     @contextlib.contextmanager
     def watching(*given):
@@ -27,7 +27,7 @@ def watched(monkeypatch, seen: list):
             yield axes
         seen.append(axes)
 
-    monkeypatch.setattr(plots, "picture", watching)
+    monkeypatch.setattr(plots, "new_picture", watching)
     yield
 
 

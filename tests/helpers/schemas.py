@@ -1,24 +1,24 @@
 """The schema of each section of params.yaml."""
 
-from gpt2lora.model.lora import Lora
-from gpt2lora.model.quantization import Quantization
-from gpt2lora.pipeline.params import Preset
-from gpt2lora.training.config import Train
-from stages.evaluate import Evaluate
-from stages.prepare import Prepare
-from stages.tokenize import Tokenize
-from stages.train import Plain
+from gpt2lora.model.lora import LoraParams
+from gpt2lora.model.quantization import QuantizationParams
+from gpt2lora.pipeline.params import PresetParams
+from gpt2lora.training.config import TrainParams
+from stages.evaluate import EvaluateParams
+from stages.prepare import PrepareParams
+from stages.tokenize import TokenizeParams
+from stages.train import NoParams
 
 SCHEMAS = {
-    "presets.gpt2": Preset,
-    "presets.sample": Preset,
-    "presets.local": Preset,
-    "methods.lora": Plain,
-    "methods.qlora": Quantization,
-    "methods.full": Plain,
-    "prepare": Prepare,
-    "tokenize": Tokenize,
-    "lora": Lora,
-    "train": Train,
-    "evaluate": Evaluate,
+    "presets.gpt2": PresetParams,
+    "presets.sample": PresetParams,
+    "presets.local": PresetParams,
+    "methods.lora": NoParams,
+    "methods.qlora": QuantizationParams,
+    "methods.full": NoParams,
+    "prepare": PrepareParams,
+    "tokenize": TokenizeParams,
+    "lora": LoraParams,
+    "train": TrainParams,
+    "evaluate": EvaluateParams,
 }

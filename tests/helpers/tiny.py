@@ -84,15 +84,15 @@ def write_adapter(folder: Path, base: Path, quantization=None, **changes) -> Pat
     from gpt2lora.model import loading, lora
 
     chosen = low_rank(**changes)
-    network = lora.attach(loading.load_base(base, quantization, torch.float32), chosen)
+    network = lora.attach_lora(loading.load_base(base, quantization, torch.float32), chosen)
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             if parameter.requires_grad:
                 parameter += torch.randn_like(parameter) * (0.1 if "lora_" in name else 0.02)
     folder.mkdir(parents=True)
-    lora.save(network, chosen, {}, folder)
-    loading.save_method(folder, "lora" if quantization is None else "qlora", quantization, base)
+    lora.save_adapter(network, chosen, {}, folder)
+    loading.write_method(folder, "lora" if quantization is None else "qlora", quantization, base)
     return folder
 
 
@@ -145,10 +145,33 @@ def low_rank(**changes):
     """The section lora of params.yaml: small, without dropout, and with `changes`."""
     from omegaconf import OmegaConf
 
-    from gpt2lora.model.lora import Lora
+    from gpt2lora.model.lora import LoraParams
 
     values = OmegaConf.to_container(OmegaConf.load(ROOT / "params.yaml").lora)
-    return Lora(**values | {"r": 4, "alpha": 8, "dropout": 0.0} | changes)
+    return LoraParams(**values | {"r": 4, "alpha": 8, "dropout": 0.0} | changes)
+
+
+def train_params(**changes):
+    """The section train of params.yaml: one epoch in fp32, without checkpoints, and with `changes`."""
+    from gpt2lora.training.config import TrainParams
+
+    values = {
+        "epochs": 1,
+        "batch_size": 4,
+        "accumulation_steps": 1,
+        "learning_rate": 1e-2,
+        "lora_plus_ratio": 1.0,
+        "warmup_fraction": 0.1,
+        "weight_decay": 0.0,
+        "clip_norm": 1.0,
+        "base_dropout": 0.0,
+        "precision": "fp32",
+        "compile": "auto",
+        "deterministic": False,
+        "validations": 2,
+        "checkpoint_every": 0,
+    }
+    return TrainParams(**values | changes)
 
 
 def set_param(project: Path, key: str, value: Any) -> None:

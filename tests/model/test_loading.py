@@ -1,4 +1,4 @@
-"""The model: which layers get an adapter, how a base is quantised, and that neither changes what is computed."""
+"""The model: which layers get an adapter, how a base is quantized, and that neither changes what is computed."""
 
 import json
 import warnings
@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 from transformers.pytorch_utils import Conv1D
 
 from gpt2lora.model import loading, lora
-from gpt2lora.model.quantization import Quantization, frozen_bytes, frozen_parameters
-from gpt2lora.pipeline.cli import Stop
+from gpt2lora.model.quantization import QuantizationParams, count_frozen_bytes, count_frozen_parameters
+from gpt2lora.pipeline.cli import StageError
 from gpt2lora.training import loss
 
 LAYERS, WIDTH = 2, 64
@@ -21,16 +21,16 @@ IN_OUT = {"attn.c_attn": (64, 192), "attn.c_proj": (64, 64), "mlp.c_fc": (64, 25
 BLOCK, NESTED_BLOCK = 64, 256  # weights that share a scale, and scales that share one
 IDS = torch.arange(3 * 40).reshape(3, 40) * 7 % 300
 FLOAT = None
-NF4 = Quantization(bits=4, quant_type="nf4", double_quant=True)
-NF4_ONE_LEVEL = Quantization(bits=4, quant_type="nf4", double_quant=False)
-FP4 = Quantization(bits=4, quant_type="fp4", double_quant=True)
-INT8 = Quantization(bits=8, quant_type="nf4", double_quant=False)
+NF4 = QuantizationParams(bits=4, quant_type="nf4", double_quant=True)
+NF4_ONE_LEVEL = QuantizationParams(bits=4, quant_type="nf4", double_quant=False)
+FP4 = QuantizationParams(bits=4, quant_type="fp4", double_quant=True)
+INT8 = QuantizationParams(bits=8, quant_type="nf4", double_quant=False)
 BASES = {"float": FLOAT, "nf4": NF4, "nf4, one level": NF4_ONE_LEVEL, "fp4": FP4, "int8": INT8}
 of_every_base = pytest.mark.parametrize("quantization", BASES.values(), ids=BASES)
-of_quantised_bases = pytest.mark.parametrize("quantization", list(BASES.values())[1:], ids=list(BASES)[1:])
+of_quantized_bases = pytest.mark.parametrize("quantization", list(BASES.values())[1:], ids=list(BASES)[1:])
 
 
-def low_rank(**changes) -> lora.Lora:
+def low_rank(**changes) -> lora.LoraParams:
     return tiny.low_rank(**changes)
 
 
@@ -109,12 +109,12 @@ def test_a_float_base_is_the_folder_s_weights_in_fp32(tiny_model):
         assert torch.equal(value, expected[name]), name
 
 
-@of_quantised_bases
-def test_a_quantised_base_keeps_embeddings_and_head_in_floats(tiny_model, quantization):
+@of_quantized_bases
+def test_a_quantized_base_keeps_embeddings_and_head_in_floats(tiny_model, quantization):
     base = load(tiny_model, quantization)
     kind = Linear8bitLt if quantization.bits == 8 else Linear4bit
-    quantised = {name.removeprefix("transformer.h.") for name, module in base.named_modules() if type(module) is kind}
-    assert quantised == {f"{layer}.{name}" for layer in range(LAYERS) for name in KINDS}
+    quantized = {name.removeprefix("transformer.h.") for name, module in base.named_modules() if type(module) is kind}
+    assert quantized == {f"{layer}.{name}" for layer in range(LAYERS) for name in KINDS}
     stored = torch.int8 if quantization.bits == 8 else torch.uint8
     for name, parameter in base.named_parameters():
         matrix = name.endswith(tuple(f"{kind}.weight" for kind in KINDS))
@@ -126,9 +126,9 @@ def test_a_quantised_base_keeps_embeddings_and_head_in_floats(tiny_model, quanti
         assert (state.quant_type, state.nested) == (quantization.quant_type, quantization.double_quant)
 
 
-@of_quantised_bases
+@of_quantized_bases
 @torch.no_grad()
-def test_quantised_layers_compute_nearly_what_the_float_layers_do(lively, quantization):
+def test_quantized_layers_compute_nearly_what_the_float_layers_do(lively, quantization):
     exact, near = load(lively).transformer.h[1], load(lively, quantization).transformer.h[1]
     for kind, (inputs, _) in IN_OUT.items():
         x = torch.randn(20, inputs)
@@ -140,15 +140,15 @@ def test_quantised_layers_compute_nearly_what_the_float_layers_do(lively, quanti
 def test_a_4_bit_layer_that_a_cpu_computes_wrongly_is_refused(tmp_path):
     config = GPT2Config(vocab_size=300, n_positions=64, n_layer=1, n_embd=32, n_head=2)
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
-    with pytest.raises(Stop, match=r"transformer\.h\.0\.attn\.c_attn has 32 inputs"):
+    with pytest.raises(StageError, match=r"transformer\.h\.0\.attn\.c_attn has 32 inputs"):
         load(tmp_path, NF4)
     load(tmp_path, INT8)
 
 
-@of_quantised_bases
+@of_quantized_bases
 def test_frozen_bytes_are_every_byte_of_the_base(tiny_model, quantization):
     base = load(tiny_model, quantization)
-    network = lora.attach(base, low_rank())
+    network = lora.attach_lora(base, low_rank())
     count = 4 * (300 + 64) * WIDTH  # wte, which is the head, too; wpe
     count += 4 * 2 * WIDTH * (2 * LAYERS + 1)  # layer norms
     for inputs, outputs in IN_OUT.values():
@@ -163,28 +163,28 @@ def test_frozen_bytes_are_every_byte_of_the_base(tiny_model, quantization):
         else:
             each += weights // 2 + 16 * 4 + 4 * blocks
         count += LAYERS * each
-    assert frozen_bytes(network) == count
+    assert count_frozen_bytes(network) == count
     step(network)
     logits(network)
-    assert frozen_bytes(network) == count, "after training and evaluation"
+    assert count_frozen_bytes(network) == count, "after training and evaluation"
 
 
 @of_every_base
 def test_frozen_parameters_are_the_base_s_however_they_are_stored(tiny_model, quantization):
     expected = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(tiny_model).parameters())
-    network = lora.attach(load(tiny_model, quantization), low_rank())
-    assert frozen_parameters(network) == expected
+    network = lora.attach_lora(load(tiny_model, quantization), low_rank())
+    assert count_frozen_parameters(network) == expected
 
 
 def test_frozen_bytes_of_a_float_base_are_four_a_parameter(tiny_model):
-    network = lora.attach(load(tiny_model), low_rank())
-    assert frozen_bytes(network) == 4 * frozen_parameters(network)
+    network = lora.attach_lora(load(tiny_model), low_rank())
+    assert count_frozen_bytes(network) == 4 * count_frozen_parameters(network)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@of_quantised_bases
+@of_quantized_bases
 def test_evaluating_between_two_steps_neither_crashes_nor_changes_the_base(tiny_model, quantization, dtype):
-    network = lora.attach(load(tiny_model, quantization, dtype), low_rank())
+    network = lora.attach_lora(load(tiny_model, quantization, dtype), low_rank())
     frozen = {name: value.clone() for name, value in network.named_parameters() if not value.requires_grad}
     step(network, dtype)
     before = logits(network, dtype)
@@ -207,7 +207,7 @@ def test_4_bit_layers_never_repack_their_weights(tiny_model):
 
 @of_every_base
 def test_all_linear_is_every_layer_of_the_blocks_and_nothing_else(tiny_model, quantization):
-    network = lora.attach(load(tiny_model, quantization), low_rank())
+    network = lora.attach_lora(load(tiny_model, quantization), low_rank())
     assert adapted(network) == {f"{layer}.{name}" for layer in range(LAYERS) for name in KINDS}
 
 
@@ -221,32 +221,34 @@ def test_all_linear_is_every_layer_of_the_blocks_and_nothing_else(tiny_model, qu
     ],
 )
 def test_a_name_means_the_layers_that_end_in_it(tiny_model, wanted, kinds):
-    network = lora.attach(load(tiny_model), low_rank(target_modules=wanted))
+    network = lora.attach_lora(load(tiny_model), low_rank(target_modules=wanted))
     assert adapted(network) == {f"{layer}.{name}" for layer in range(LAYERS) for name in kinds}
 
 
 def test_a_whole_name_means_one_layer(tiny_model):
-    network = lora.attach(load(tiny_model), low_rank(target_modules=["transformer.h.1.mlp.c_proj"]))
+    network = lora.attach_lora(load(tiny_model), low_rank(target_modules=["transformer.h.1.mlp.c_proj"]))
     assert adapted(network) == {"1.mlp.c_proj"}
 
 
 def test_a_name_ends_at_a_dot():
     layers = ["h.0.attn.c_proj", "h.0.crossattn.c_proj", "h.0.mlp.c_proj"]
-    assert lora.targets(layers, low_rank(target_modules=["attn.c_proj"])) == ["h.0.attn.c_proj"]
-    assert lora.targets(layers, low_rank(target_modules=["h.0.crossattn.c_proj", "mlp.c_proj"])) == layers[1:]
+    assert lora.select_target_layers(layers, low_rank(target_modules=["attn.c_proj"])) == ["h.0.attn.c_proj"]
+    assert (
+        lora.select_target_layers(layers, low_rank(target_modules=["h.0.crossattn.c_proj", "mlp.c_proj"])) == layers[1:]
+    )
 
 
 @pytest.mark.parametrize("name", ["q_proj", "proj", "wte", "lm_head", "mlp", "c_proj.", ""])
 def test_a_name_that_matches_no_linear_layer_is_refused_and_the_layers_listed(tiny_model, name):
-    with pytest.raises(Stop) as caught:
-        lora.attach(load(tiny_model), low_rank(target_modules=["attn.c_attn", name]))
+    with pytest.raises(StageError) as caught:
+        lora.attach_lora(load(tiny_model), low_rank(target_modules=["attn.c_attn", name]))
     expected = f"expected all-linear or names among {', '.join(KINDS)}, not {name!r}"
     assert caught.value.format_message() == f"params.yaml: lora.target_modules: {expected}"
 
 
 @of_every_base
 def test_only_the_two_factors_require_gradients_and_they_are_fp32(tiny_model, quantization):
-    network = lora.attach(load(tiny_model, quantization), low_rank())
+    network = lora.attach_lora(load(tiny_model, quantization), low_rank())
     trained = {name: value for name, value in network.named_parameters() if value.requires_grad}
     assert len(trained) == 2 * len(KINDS) * LAYERS
     assert all(".lora_A." in name or ".lora_B." in name for name in trained)
@@ -262,12 +264,12 @@ def test_a_new_adapter_changes_no_logit(tiny_model, quantization):
     expected = logits(base)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # where PEFT puts a layer's orientation right
-        network = lora.attach(base, low_rank(dropout=0.5))
+        network = lora.attach_lora(base, low_rank(dropout=0.5))
     assert torch.equal(logits(network), expected)
 
 
 def test_an_adapter_adds_alpha_over_r_times_b_a(lively):
-    network = lora.attach(load(lively), low_rank(r=4, alpha=8, target_modules=["attn.c_attn"]))
+    network = lora.attach_lora(load(lively), low_rank(r=4, alpha=8, target_modules=["attn.c_attn"]))
     layer = network.get_base_model().transformer.h[0].attn.c_attn
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     torch.nn.init.normal_(b)
@@ -280,7 +282,7 @@ def test_the_seed_decides_the_first_values(tiny_model):
     values = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        network = lora.attach(load(tiny_model), low_rank())
+        network = lora.attach_lora(load(tiny_model), low_rank())
         values.append(torch.cat([value.flatten() for value in network.parameters() if value.requires_grad]))
     assert torch.equal(values[0], values[1])
     assert not torch.equal(values[0], values[2])
@@ -288,17 +290,17 @@ def test_the_seed_decides_the_first_values(tiny_model):
 
 @of_every_base
 def test_a_saved_adapter_comes_back_with_the_same_logits(lively, tmp_path, quantization):
-    network = lora.attach(load(lively, quantization), low_rank())
+    network = lora.attach_lora(load(lively, quantization), low_rank())
     step(network)
-    lora.save(network, low_rank(), {}, tmp_path)
-    loading.save_method(tmp_path, "qlora" if quantization else "lora", quantization, lively)
+    lora.save_adapter(network, low_rank(), {}, tmp_path)
+    loading.write_method(tmp_path, "qlora" if quantization else "lora", quantization, lively)
     loaded = loading.load_tuned(lively, tmp_path, torch.float32)
     assert torch.equal(logits(loaded), logits(network))
     assert not torch.equal(logits(network), logits(load(lively, quantization)))
 
 
 def test_a_saved_adapter_lists_its_layers_in_order(tiny_model, tmp_path):
-    lora.save(lora.attach(load(tiny_model), low_rank()), low_rank(), {}, tmp_path)
+    lora.save_adapter(lora.attach_lora(load(tiny_model), low_rank()), low_rank(), {}, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["target_modules"] == sorted(
         f"transformer.h.{layer}.{name}" for layer in range(LAYERS) for name in KINDS
@@ -314,7 +316,7 @@ def test_a_saved_adapter_lists_its_layers_in_order(tiny_model, tmp_path):
 def test_a_llama_works_too(llama, quantization):
     base = load(llama, quantization)
     expected = logits(base)
-    network = lora.attach(base, low_rank())
+    network = lora.attach_lora(base, low_rank())
     names = {name.split(".", 2)[2] for name, module in base.named_modules() if hasattr(module, "lora_A")}
     assert names == {
         *(f"{layer}.self_attn.{kind}_proj" for layer in range(LAYERS) for kind in "qkvo"),
@@ -323,4 +325,4 @@ def test_a_llama_works_too(llama, quantization):
     assert torch.equal(logits(network), expected)
     step(network)
     assert not torch.equal(logits(network), expected)
-    assert frozen_parameters(network) == sum(value.numel() for value in load(llama).parameters())
+    assert count_frozen_parameters(network) == sum(value.numel() for value in load(llama).parameters())

@@ -1,4 +1,4 @@
-"""Every method against its formula: LoRA and its variants, how the factors start, and the factors quantised."""
+"""Every method against its formula: LoRA and its variants, how the factors start, and the factors quantized."""
 
 import json
 import math
@@ -18,14 +18,14 @@ from transformers.pytorch_utils import Conv1D
 from gpt2lora.commands import dequantize
 from gpt2lora.model import fake_quant, loading, lora, lora_forward, lora_init
 from gpt2lora.model.device import pick_device
-from gpt2lora.model.quantization import Quantization
-from gpt2lora.pipeline.cli import Stop
+from gpt2lora.model.quantization import QuantizationParams
+from gpt2lora.pipeline.cli import StageError
 from gpt2lora.training import loop
 from gpt2lora.training.loss import nll_sum
-from gpt2lora.training.optimizer import learning_groups
+from gpt2lora.training.optimizer import make_optimizer
 
-NF4 = Quantization(bits=4, quant_type="nf4", double_quant=True)
-INT8 = Quantization(bits=8, quant_type="nf4", double_quant=False)
+NF4 = QuantizationParams(bits=4, quant_type="nf4", double_quant=True)
+INT8 = QuantizationParams(bits=8, quant_type="nf4", double_quant=False)
 IDS = (torch.arange(3 * 40).reshape(3, 40) * 7 % 300).to(pick_device())
 
 
@@ -46,14 +46,14 @@ def folder(request, tmp_path_factory) -> Path:
     return folder
 
 
-def attach(folder: Path, quantization=None, **changes) -> tuple[torch.nn.Module, lora.Lora, dict]:
+def attach(folder: Path, quantization=None, **changes) -> tuple[torch.nn.Module, lora.LoraParams, dict]:
     """An adapter whose factors are both random, unless an init says what they are; what `save` needs, too."""
     chosen = tiny.low_rank(**changes)
     base = loading.load_base(folder, quantization, torch.float32)
     torch.manual_seed(0)
-    network = lora.attach(base, chosen)
+    network = lora.attach_lora(base, chosen)
     floats = lora.linear_layers(loading.load_base(folder, None, torch.float32))
-    taken = lora_init.start(lora.adapted(network), chosen.init, floats)
+    taken = lora_init.initialize_lora(lora.lora_layers(network), chosen.init, floats)
     if chosen.init == "default":
         disturb(network)
     return network, chosen, taken
@@ -84,7 +84,7 @@ def passed_through(network) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     seen = {}
     hooks = [
         module.register_forward_hook(lambda _, x, y, name=name: seen.__setitem__(name, (x[0].detach(), y.detach())))
-        for name, module in lora.adapted(network).items()
+        for name, module in lora.lora_layers(network).items()
     ]
     logits(network)
     for hook in hooks:
@@ -101,7 +101,7 @@ def test_a_layer_computes_w_x_plus_s_b_a_x(folder, use_rslora):
     network.double()
     scale = 8 / math.sqrt(4) if use_rslora else 8 / 4
     for name, (x, y) in passed_through(network).items():
-        module = lora.adapted(network)[name]
+        module = lora.lora_layers(network)[name]
         a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
         bias = 0 if module.base_layer.bias is None else module.base_layer.bias
         expected = x @ weight(module.base_layer).T + bias + scale * (x @ a.T) @ b.T
@@ -128,7 +128,7 @@ def test_the_update_s_gradients_are_those_of_its_formula(masked):
     assert torch.autograd.gradcheck(update, tensors)
 
 
-@pytest.mark.parametrize("keep", [lora_forward.keep, lora_forward.hashed])
+@pytest.mark.parametrize("keep", [lora_forward.dropout_mask, lora_forward.hash_dropout_mask])
 def test_each_mask_drops_its_share_independently_of_place_and_of_other_masks(keep):
     torch.manual_seed(0)
     share, size = 0.05, (1024, 768)
@@ -151,11 +151,11 @@ def test_each_mask_drops_its_share_independently_of_place_and_of_other_masks(kee
 def test_a_pass_is_that_of_peft(folder, quantization):
     ours, _, _ = attach(folder, quantization)
     theirs, _, _ = attach(folder, quantization)
-    for module in lora.adapted(theirs).values():
+    for module in lora.lora_layers(theirs).values():
         del module.forward  # the faster one, which stands before the class's
     results = []
     for network in (ours, theirs):
-        loop.set_dropout(network.train(), 0.0)
+        loop.set_base_dropout(network.train(), 0.0)
         nll = nll_sum(network, IDS[:, :-1], IDS[:, 1:], torch.float32)
         nll.backward()
         results.append([nll.detach(), *(p.grad for p in network.parameters() if p.requires_grad)])
@@ -165,7 +165,7 @@ def test_a_pass_is_that_of_peft(folder, quantization):
 
 def test_dropout_falls_on_the_update_alone_while_training_and_keeps_its_mean(folder):
     network, _, _ = attach(folder, dropout=0.25)
-    name, module = next(iter(lora.adapted(network).items()))
+    name, module = next(iter(lora.lora_layers(network).items()))
     x = torch.randn(2, 3, weight(module.base_layer).shape[1], device=IDS.device)
     with torch.no_grad():
         exact, base = module.eval()(x), module.base_layer(x)
@@ -185,7 +185,7 @@ def test_dora_scales_the_rows_of_the_sum_to_learned_lengths(folder):
     network, _, _ = attach(folder, r=4, alpha=8, use_dora=True)
     network.double()
     for name, (x, y) in passed_through(network).items():
-        module = lora.adapted(network)[name]
+        module = lora.lora_layers(network)[name]
         a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
         total = weight(module.base_layer) + 2 * b @ a
         lengths = module.lora_magnitude_vector["default"].weight
@@ -239,25 +239,27 @@ def test_every_variant_trains_on_every_base_and_changes_nothing_else(folder, qua
 )
 def test_layers_are_counted_from_0_and_ranges_include_their_ends(layers, chosen):
     names = [f"transformer.h.{layer}.{kind}" for layer in range(12) for kind in ("attn.c_attn", "mlp.c_proj")]
-    found = lora.targets(names, tiny.low_rank(target_modules=["c_proj"], layers=layers))
+    found = lora.select_target_layers(names, tiny.low_rank(target_modules=["c_proj"], layers=layers))
     assert found == [f"transformer.h.{layer}.mlp.c_proj" for layer in chosen]
 
 
 def test_names_and_layers_that_do_not_meet_are_refused():
     names = ["model.layers.0.q_proj", "model.layers.1.q_proj", "model.project_out"]
-    with pytest.raises(Stop, match=r"lora\.layers: expected a layer that has one of model\.project_out, not \[0\]"):
-        lora.targets(names, tiny.low_rank(target_modules=["project_out"], layers=[0]))
+    with pytest.raises(
+        StageError, match=r"lora\.layers: expected a layer that has one of model\.project_out, not \[0\]"
+    ):
+        lora.select_target_layers(names, tiny.low_rank(target_modules=["project_out"], layers=[0]))
 
 
 def test_the_adapters_are_on_the_chosen_layers_and_no_other(folder):
     network, _, _ = attach(folder, layers="1-1")
     every = list(lora.linear_layers(network.get_base_model().__class__(network.config)))
-    assert list(lora.adapted(network)) == [name for name in every if ".1." in name]
-    assert len(lora.adapted(network)) == len(every) / 2
+    assert list(lora.lora_layers(network)) == [name for name in every if ".1." in name]
+    assert len(lora.lora_layers(network)) == len(every) / 2
 
 
 @pytest.mark.parametrize("quantization", [NF4, INT8], ids=["nf4", "int8"])
-def test_all_48_projections_of_a_12_layer_gpt2_are_quantised_and_nothing_else(tmp_path, quantization):
+def test_all_48_projections_of_a_12_layer_gpt2_are_quantized_and_nothing_else(tmp_path, quantization):
     config = GPT2Config(vocab_size=300, n_positions=64, n_layer=12, n_embd=64, n_head=2)
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
     base = loading.load_base(tmp_path, quantization, torch.float32)
@@ -279,9 +281,9 @@ def test_all_48_projections_of_a_12_layer_gpt2_are_quantised_and_nothing_else(tm
 def test_an_adapter_starts_as_nothing_whatever_its_init(folder, init, use_dora):
     plain = logits(loading.load_base(folder, None, torch.float32))
     chosen = tiny.low_rank(init=init, use_dora=use_dora)
-    network = lora.attach(loading.load_base(folder, None, torch.float32), chosen)
-    lora_init.start(lora.adapted(network), init, {})
-    zero = [bool((module.lora_B["default"].weight == 0).all()) for module in lora.adapted(network).values()]
+    network = lora.attach_lora(loading.load_base(folder, None, torch.float32), chosen)
+    lora_init.initialize_lora(lora.lora_layers(network), init, {})
+    zero = [bool((module.lora_B["default"].weight == 0).all()) for module in lora.lora_layers(network).values()]
     assert all(zero) if init == "default" else not any(zero)
     torch.testing.assert_close(logits(network), plain, rtol=1e-3, atol=1e-4 * float(plain.abs().max()))
 
@@ -289,7 +291,7 @@ def test_an_adapter_starts_as_nothing_whatever_its_init(folder, init, use_dora):
 def test_pissa_takes_the_largest_singular_triplets(folder):
     network, _, _ = attach(folder, init="pissa", r=4, alpha=8)
     original = lora.linear_layers(loading.load_base(folder, None, torch.float32))
-    for name, module in lora.adapted(network).items():
+    for name, module in lora.lora_layers(network).items():
         update = 2 * module.lora_B["default"].weight.double() @ module.lora_A["default"].weight.double()
         before, rest = weight(original[name]), weight(module.base_layer)
         torch.testing.assert_close(update + rest, before, rtol=1e-4, atol=1e-5)
@@ -301,7 +303,7 @@ def test_pissa_takes_the_largest_singular_triplets(folder):
 
 def test_olora_takes_an_orthonormal_factor(folder):
     network, _, _ = attach(folder, init="olora", r=4)
-    for module in lora.adapted(network).values():
+    for module in lora.lora_layers(network).values():
         b = module.lora_B["default"].weight
         torch.testing.assert_close(b.T @ b, torch.eye(4, device=b.device), rtol=0, atol=1e-5)
         assert torch.equal(module.lora_A["default"].weight.tril(-1), torch.zeros_like(module.lora_A["default"].weight))
@@ -309,7 +311,7 @@ def test_olora_takes_an_orthonormal_factor(folder):
 
 def test_orthogonal_factors_are_random_and_their_product_is_nothing(folder):
     network, _, _ = attach(folder, init="orthogonal", r=4)
-    for module in lora.adapted(network).values():
+    for module in lora.lora_layers(network).values():
         a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
         assert a.abs().mean() > 1e-2
         assert b.abs().mean() > 1e-2
@@ -317,10 +319,10 @@ def test_orthogonal_factors_are_random_and_their_product_is_nothing(folder):
 
 
 @pytest.mark.parametrize("quantization", [NF4, INT8], ids=["nf4", "int8"])
-def test_loftq_leaves_only_the_smallest_singular_values_of_the_quantisation_error(folder, quantization):
+def test_loftq_leaves_only_the_smallest_singular_values_of_the_quantization_error(folder, quantization):
     network, _, _ = attach(folder, quantization, init="loftq", r=32, alpha=16)
     original = lora.linear_layers(loading.load_base(folder, None, torch.float32))
-    for name, module in lora.adapted(network).items():
+    for name, module in lora.lora_layers(network).items():
         base = module.base_layer
         with torch.no_grad():
             stored = (base(torch.eye(base.in_features, device=IDS.device)) - (0 if base.bias is None else base.bias)).T
@@ -338,7 +340,7 @@ def test_an_adapter_that_took_from_the_base_is_saved_as_an_ordinary_one(folder, 
     expected = logits(network)
     assert (expected - start).abs().max() > 0.1 * start.abs().max()
     (tmp_path / "adapter").mkdir()
-    lora.save(network, chosen, taken, tmp_path / "adapter")
+    lora.save_adapter(network, chosen, taken, tmp_path / "adapter")
     outside = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(folder).to(IDS.device), tmp_path / "adapter"
     )
@@ -348,16 +350,16 @@ def test_an_adapter_that_took_from_the_base_is_saved_as_an_ordinary_one(folder, 
 
 def test_lora_plus_gives_the_factors_b_a_rate_of_their_own(folder):
     network, _, _ = attach(folder, use_dora=True)
-    ones, sixteens = learning_groups(network, 16.0)
+    ones, sixteens = make_optimizer(network, tiny.train_params(lora_plus_ratio=16.0)).param_groups
     assert (ones["ratio"], sixteens["ratio"]) == (1.0, 16.0)
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     assert {names[id(p)].split(".")[-3] for p in sixteens["params"]} == {"lora_B"}
-    assert len(sixteens["params"]) == len(lora.adapted(network))
+    assert len(sixteens["params"]) == len(lora.lora_layers(network))
     trained = sum(parameter.requires_grad for parameter in network.parameters())
     assert len(ones["params"]) + len(sixteens["params"]) == trained
 
 
-# The factors quantised
+# The factors quantized
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -377,7 +379,7 @@ def test_every_value_is_within_half_a_step_of_its_own(bits, shape):
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_what_was_quantised_stays_as_it_is_when_quantised_again(bits):
+def test_what_was_quantized_stays_as_it_is_when_quantized_again(bits):
     torch.manual_seed(0)
     matrix = torch.randn(64, 48) * 1e-3
     once = fake_quant.dequantize(*fake_quant.quantize(matrix, bits), matrix.shape)
@@ -402,10 +404,10 @@ def test_the_forward_pass_takes_what_is_stored_and_the_gradient_passes_straight_
     network, _, _ = attach(folder, bits=bits)
     twin, _, _ = attach(folder, bits=16)
     with torch.no_grad():  # the twin's floats are what the other stores
-        for name, module in lora.adapted(twin).items():
+        for name, module in lora.lora_layers(twin).items():
             for factor, other in (
-                (module.lora_A, lora.adapted(network)[name].lora_A),
-                (module.lora_B, lora.adapted(network)[name].lora_B),
+                (module.lora_A, lora.lora_layers(network)[name].lora_A),
+                (module.lora_B, lora.lora_layers(network)[name].lora_B),
             ):
                 value = other["default"].weight
                 factor["default"].weight.copy_(fake_quant.dequantize(*fake_quant.quantize(value, bits), value.shape))
@@ -425,14 +427,14 @@ def test_the_forward_pass_takes_what_is_stored_and_the_gradient_passes_straight_
 def test_what_is_stored_is_what_was_trained_against_bit_for_bit(folder, tmp_path, quantization, changes):
     network, chosen, taken = attach(folder, quantization, **changes)
     expected = logits(network)
-    lora.save(network, chosen, taken, tmp_path)
-    assert {file.name for file in tmp_path.iterdir()} == {"adapter_config.json", fake_quant.FILE}
-    stored = fake_quant.load(tmp_path)
-    for name, module in lora.adapted(network).items():
+    lora.save_adapter(network, chosen, taken, tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {"adapter_config.json", fake_quant.QUANTIZED_WEIGHTS}
+    stored = fake_quant.load_quantized(tmp_path)
+    for name, module in lora.lora_layers(network).items():
         for factor in ("lora_A", "lora_B"):
-            trained = getattr(module, factor)["default"].stored()
+            trained = getattr(module, factor)["default"].fake_quantized_weight()
             assert torch.equal(stored[f"base_model.model.{name}.{factor}.weight"].to(IDS.device), trained)
-    loaded = lora.load(loading.load_base(folder, quantization, torch.float32), tmp_path)
+    loaded = lora.load_adapter(loading.load_base(folder, quantization, torch.float32), tmp_path)
     assert torch.equal(logits(loaded), expected)
 
 
@@ -441,7 +443,7 @@ def test_what_is_stored_is_what_was_trained_against_bit_for_bit(folder, tmp_path
 def test_compiled_layers_too_compute_with_what_is_stored(bits):
     torch.manual_seed(0)
     layer = fake_quant.FakeQuantLinear(torch.nn.Linear(96, 16, bias=False), bits)
-    stored = torch.compile(lambda: layer.stored() * 1.0, dynamic=False)()
+    stored = torch.compile(lambda: layer.fake_quantized_weight() * 1.0, dynamic=False)()
     matrix = layer.weight
     assert torch.equal(stored, fake_quant.dequantize(*fake_quant.quantize(matrix, bits), matrix.shape))
     stored.backward(matrix.detach())
@@ -451,8 +453,8 @@ def test_compiled_layers_too_compute_with_what_is_stored(bits):
 def test_the_file_holds_codes_and_scales_and_no_float_of_a_factor(folder, tmp_path):
     for bits, kind in ((8, torch.int8), (4, torch.uint8)):
         network, chosen, _ = attach(folder, bits=bits)
-        lora.save(network, chosen, {}, tmp_path)
-        tensors = load_file(tmp_path / fake_quant.FILE)
+        lora.save_adapter(network, chosen, {}, tmp_path)
+        tensors = load_file(tmp_path / fake_quant.QUANTIZED_WEIGHTS)
         assert {tensor.dtype for name, tensor in tensors.items() if name.endswith(".codes")} == {kind}
         assert {tensor.dtype for name, tensor in tensors.items() if name.endswith(".scales")} == {torch.bfloat16}
         assert all(name.endswith((".codes", ".scales")) for name in tensors)
@@ -467,18 +469,18 @@ def test_a_stored_adapter_is_that_many_times_smaller_than_one_of_16_bits(tmp_pat
             prefix = f"base_model.model.transformer.h.{layer}.{name}"
             tensors[f"{prefix}.lora_A.weight"] = torch.randn(16, inputs)
             tensors[f"{prefix}.lora_B.weight"] = torch.randn(outputs, 16)
-    fake_quant.save(tensors, bits, tmp_path)
+    fake_quant.save_quantized(tensors, bits, tmp_path)
     values = sum(tensor.numel() for tensor in tensors.values())
-    assert 2 * values / (tmp_path / fake_quant.FILE).stat().st_size >= fewer
-    assert sum(map(torch.Tensor.numel, fake_quant.load(tmp_path).values())) == values
+    assert 2 * values / (tmp_path / fake_quant.QUANTIZED_WEIGHTS).stat().st_size >= fewer
+    assert sum(map(torch.Tensor.numel, fake_quant.load_quantized(tmp_path).values())) == values
 
 
 @pytest.mark.parametrize("changes", [{"bits": 8}, {"bits": 4, "use_dora": True}], ids=str)
 def test_an_expanded_adapter_is_an_ordinary_one(folder, tmp_path, changes):
     network, chosen, _ = attach(folder, **changes)
     (tmp_path / "adapter").mkdir()
-    lora.save(network, chosen, {}, tmp_path / "adapter")
-    loading.save_method(tmp_path / "adapter", "lora", None, folder)
+    lora.save_adapter(network, chosen, {}, tmp_path / "adapter")
+    loading.write_method(tmp_path / "adapter", "lora", None, folder)
     done = CliRunner().invoke(
         dequantize.main, ["--adapter", str(tmp_path / "adapter"), "--out", str(tmp_path / "plain")]
     )
@@ -492,10 +494,10 @@ def test_an_expanded_adapter_is_an_ordinary_one(folder, tmp_path, changes):
     torch.testing.assert_close(logits(outside), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
-def test_only_a_quantised_adapter_is_expanded_and_into_a_new_folder(folder, tmp_path):
+def test_only_a_quantized_adapter_is_expanded_and_into_a_new_folder(folder, tmp_path):
     network, chosen, _ = attach(folder)
     (tmp_path / "adapter").mkdir()
-    lora.save(network, chosen, {}, tmp_path / "adapter")
+    lora.save_adapter(network, chosen, {}, tmp_path / "adapter")
     options = ["--adapter", str(tmp_path / "adapter"), "--out"]
     done = CliRunner().invoke(dequantize.main, [*options, str(tmp_path / "plain")])
     assert (done.exit_code, "lora.bits 8 or 4" in done.output) == (1, True)
@@ -506,13 +508,13 @@ def test_only_a_quantised_adapter_is_expanded_and_into_a_new_folder(folder, tmp_
 
 def test_evaluation_reads_nothing_but_the_stored_form(folder, tmp_path):
     network, chosen, _ = attach(folder, bits=8)
-    lora.save(network, chosen, {}, tmp_path)
-    loading.save_method(tmp_path, "lora", None, folder)
+    lora.save_adapter(network, chosen, {}, tmp_path)
+    loading.write_method(tmp_path, "lora", None, folder)
     expected = logits(network)
     del network
     assert torch.equal(logits(loading.load_tuned(folder, tmp_path, torch.float32)), expected)
-    tensors = fake_quant.load(tmp_path)
-    fake_quant.save({name: 2 * tensor for name, tensor in tensors.items()}, 8, tmp_path)
-    loading.save_method(tmp_path, "lora", None, folder)
+    tensors = fake_quant.load_quantized(tmp_path)
+    fake_quant.save_quantized({name: 2 * tensor for name, tensor in tensors.items()}, 8, tmp_path)
+    loading.write_method(tmp_path, "lora", None, folder)
     assert not torch.equal(logits(loading.load_tuned(folder, tmp_path, torch.float32)), expected)
     assert json.loads((tmp_path / "method.json").read_text())["method"] == "lora"

@@ -10,9 +10,9 @@ import tiny
 from schemas import SCHEMAS
 
 from gpt2lora.pipeline import params
-from gpt2lora.pipeline.cli import Stop
-from stages.prepare import Prepare
-from stages.train import Plain
+from gpt2lora.pipeline.cli import StageError
+from stages.prepare import PrepareParams
+from stages.train import NoParams
 
 SHARE = "a number of at least 0, below 1"
 LAYERS = "all, a range such as 6-11, or a list of numbers such as [0, 11]"
@@ -41,7 +41,7 @@ def write(text: str) -> None:
 
 
 def refusal(key: str, schema: type) -> str:
-    with pytest.raises(Stop) as caught:
+    with pytest.raises(StageError) as caught:
         params.section(key, schema)
     line = caught.value.format_message()
     assert "\n" not in line
@@ -60,8 +60,8 @@ def test_the_shipped_file_has_no_section_without_a_schema(folder):
     found = {name for name, section in shipped.items() if isinstance(section, dict)} - {"presets", "methods"}
     found |= {f"{group}.{name}" for group in ("presets", "methods") for name in shipped[group]}
     assert found == set(SCHEMAS)
-    assert params.chosen("preset", "presets") == "gpt2"
-    assert params.chosen("method", "methods") == "lora"
+    assert params.choice("preset", "presets") == "gpt2"
+    assert params.choice("method", "methods") == "lora"
     assert params.value("seed", int) == 0
 
 
@@ -121,7 +121,7 @@ def test_a_value_of_the_wrong_type_is_refused(folder, key, value, expected):
         ("lora.target_modules", [], "all-linear or a list of module names"),
         ("lora.target_modules", [1], "all-linear or a list of module names"),
         *(("lora.layers", layers, LAYERS) for layers in ("some", "11-6", "-1", -1, [], [0, "1"], 1.5, None, True)),
-        *(("lora.bits", bits, "16 (not quantised), 8 or 4") for bits in (2, 32)),
+        *(("lora.bits", bits, "16 (not quantized), 8 or 4") for bits in (2, 32)),
         ("lora.init", "gaussian", "one of default, pissa, olora, orthogonal, loftq"),
         ("train.lora_plus_ratio", 0.0, "a number above 0"),
         ("methods.qlora.bits", 2, "4 or 8"),
@@ -162,7 +162,7 @@ def test_values_that_do_not_go_together_are_refused(folder, first, second, expec
 def test_shares_that_leave_no_training_text_are_refused(folder):
     tiny.set_param(folder, "prepare.validation_share", 0.5)
     tiny.set_param(folder, "prepare.test_share", 0.5)
-    line = refusal("prepare", Prepare)
+    line = refusal("prepare", PrepareParams)
     assert line == "params.yaml: prepare.validation_share + test_share: expected a sum below 1, not 1.0"
 
 
@@ -174,7 +174,7 @@ def test_an_unknown_key_is_refused_and_the_known_ones_named():
 
 def test_a_key_under_a_method_that_has_none_is_refused():
     write("methods: {lora: {bits: 4}}")
-    assert refusal("methods.lora", Plain) == "params.yaml: methods.lora.bits: unknown key; methods.lora has no keys"
+    assert refusal("methods.lora", NoParams) == "params.yaml: methods.lora.bits: unknown key; methods.lora has no keys"
 
 
 def test_a_missing_key_is_refused_with_its_type():
@@ -200,15 +200,15 @@ def test_a_section_that_is_none_is_refused():
 @pytest.mark.parametrize("name", ["typo", "", "gpt2 "])
 def test_an_unknown_preset_or_method_is_refused_and_the_known_ones_named(folder, knob, variants, known, name):
     tiny.set_param(folder, knob, name)
-    with pytest.raises(Stop) as caught:
-        params.chosen(knob, variants)
+    with pytest.raises(StageError) as caught:
+        params.choice(knob, variants)
     assert caught.value.format_message() == f"params.yaml: {knob}: expected one of {known}, not {name!r}"
 
 
 @pytest.mark.parametrize("value", ["x", 1.5, None, [1]])
 def test_a_seed_that_is_no_integer_is_refused(folder, value):
     tiny.set_param(folder, "seed", value)
-    with pytest.raises(Stop) as caught:
+    with pytest.raises(StageError) as caught:
         params.value("seed", int)
     assert caught.value.format_message() == f"params.yaml: seed: expected an integer, not {value!r}"
 

@@ -20,7 +20,7 @@ from schemas import SCHEMAS
 
 from gpt2lora.dataset import blocks
 from gpt2lora.dataset import tokenizer as tokenizer_module
-from gpt2lora.dataset.tokenizer import paragraphs
+from gpt2lora.dataset.tokenizer import split_paragraphs
 from gpt2lora.model import loading, lora
 from gpt2lora.pipeline import artifacts, cli, environment, params
 from gpt2lora.sources import local
@@ -62,7 +62,7 @@ WRITTEN = st.sampled_from(ODD) | VALUES.map(json.dumps) | st.text(max_size=20)
 
 def outcome(work: Callable[[], None]) -> str | None:
     """Do some work as a stage does its own; return the one line that it was refused with, None if it was not."""
-    return line_of(CliRunner().invoke(cli.stage(work), []))
+    return line_of(CliRunner().invoke(cli.command(work), []))
 
 
 def line_of(result) -> str | None:
@@ -113,7 +113,7 @@ def changed_files(draw) -> tuple[str, str]:
 
 @pytest.fixture(scope="module")
 def layers(tiny_model) -> list[str]:
-    return list(lora.linear_layers(loading.skeleton(tiny_model)))
+    return list(lora.linear_layers(loading.load_on_meta(tiny_model)))
 
 
 def written(key: str, value: str) -> tuple[str, str]:
@@ -146,7 +146,7 @@ def test_any_params_file_is_read_right_or_refused_in_one_line(tmp_path, monkeypa
         if key == "seed":
             assert 0 <= params.seed() < 2**64
         elif key in ("preset", "method"):
-            assert isinstance(params.chosen(key, f"{key}s"), str)
+            assert isinstance(params.choice(key, f"{key}s"), str)
         else:
             found = params.section(key, SCHEMAS[key])
             check(found, key)
@@ -176,14 +176,16 @@ def check(found: object, key: str) -> None:
 
 def use(found: object, key: str, layers: list[str]) -> None:
     """The checks that stages make of a value with more than it to go by, before anything is loaded."""
-    if isinstance(found, lora.Lora):
-        assert lora.targets(layers, found)
-    elif isinstance(found, tokenize.Tokenize):
+    if isinstance(found, lora.LoraParams):
+        assert lora.select_target_layers(layers, found)
+    elif isinstance(found, tokenize.TokenizeParams):
         assert 0 < tokenize.choose_block_size(found.block_size, {"n_positions": tiny.POSITIONS}) <= tiny.POSITIONS
-    elif isinstance(found, params.Preset):
+    elif isinstance(found, params.PresetParams):
         for name in ("model", "dataset"):
             if getattr(found, name) != local.SAMPLE:
-                place = local.local(f"{key}.{name}", getattr(found, name), getattr(found, f"{name}_revision", None))
+                place = local.resolve_local_path(
+                    f"{key}.{name}", getattr(found, name), getattr(found, f"{name}_revision", None)
+                )
                 assert place is None or place.exists()
 
 
@@ -208,11 +210,11 @@ def quick(monkeypatch, tmp_path, tiny_model):
     tiny.set_param(tmp_path, "presets.local.dataset", "corpus")
     section = {name: params_section(tmp_path, name) for name in ("presets.local", "prepare", "tokenize")}
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(params, "chosen", lambda *_: "local")
+    monkeypatch.setattr(params, "choice", lambda *_: "local")
     monkeypatch.setattr(params, "seed", lambda: 0)
     monkeypatch.setattr(params, "section", lambda key, schema: schema(**section[key]))
-    monkeypatch.setattr(environment, "write", lambda *_, **__: None)
-    monkeypatch.setattr(artifacts, "_sync", lambda _: None)
+    monkeypatch.setattr(environment, "write_record", lambda *_, **__: None)
+    monkeypatch.setattr(artifacts, "_fsync", lambda _: None)
     tokenizer = tokenizer_module.load_tokenizer(tiny_model)
     monkeypatch.setattr(tokenizer_module, "load_tokenizer", lambda _: tokenizer)
     return tokenizer, section
@@ -257,7 +259,7 @@ def test_any_text_becomes_its_tokens_or_is_refused_in_one_line(quick, tiny_model
         return
     end = json.loads(Path("data/tokens/manifest.json").read_bytes())["end_of_text_id"]
     for split, content in raw.items():
-        found = blocks.load(Path("data/tokens"), split)
+        found = blocks.load_blocks(Path("data/tokens"), split)
         if layout == "packed":
             ids = [
                 *found.ids[0, :1],
@@ -265,13 +267,13 @@ def test_any_text_becomes_its_tokens_or_is_refused_in_one_line(quick, tiny_model
             ]
             assert tokenizer.decode([id for id in ids if id != end], skip_special_tokens=False) == content.decode()
         else:
-            for line, row, length in zip(paragraphs(content.decode()), *held(found), strict=True):
+            for line, row, length in zip(split_paragraphs(content.decode()), *held(found), strict=True):
                 decoded = tokenizer.decode([id for id in row[:length] if id != end], skip_special_tokens=False)
                 assert line.startswith(decoded.rstrip("\ufffd"))
                 assert length > block_size or decoded == line
 
 
-def held(found: blocks.Rows) -> tuple[np.ndarray, np.ndarray]:
+def held(found: blocks.Blocks) -> tuple[np.ndarray, np.ndarray]:
     return found.ids, found.lengths
 
 

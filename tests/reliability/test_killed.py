@@ -18,9 +18,9 @@ from dvc_yaml import declared_leaves, imported_files
 
 from gpt2lora.dataset import blocks
 from gpt2lora.pipeline import artifacts
-from gpt2lora.pipeline.artifacts import whole
-from gpt2lora.pipeline.cli import Stop
-from gpt2lora.training import checkpoint, divergence, loop, oom
+from gpt2lora.pipeline.artifacts import atomic_output
+from gpt2lora.pipeline.cli import StageError
+from gpt2lora.training import checkpoint, divergence, loop, oom, summary
 from stages import base, prepare, tokenize, train
 
 KILLS = int(os.environ.get("KILLS", 20))
@@ -126,9 +126,9 @@ def stopped(monkeypatch):
                 os.kill(os.getpid(), number)
             return learning_rate(now, *others)
 
-        learning_rate = loop.learning_rate
+        learning_rate = loop.lr_at_step
         with monkeypatch.context() as patch:
-            patch.setattr(loop, "learning_rate", rate)
+            patch.setattr(loop, "lr_at_step", rate)
             return run(train.main, 128 + number)
 
     return stop
@@ -161,12 +161,24 @@ def test_a_run_that_was_stopped_ends_with_the_bytes_of_one_that_was_not(workplac
     shutil.rmtree("data/adapter")
     for step in (3, 6):  # the second time within the run that goes on
         output = stopped(step)
-    assert "going on after step 3 of " in output
+    assert "resuming after step 3 of " in output
     assert "stopped after step 6 of " in output
     output = run(train.main)
-    assert "going on after step 6 of " in output
+    assert "resuming after step 6 of " in output
     assert contents(workplace) == expected
     assert not Path("data/.checkpoints").exists()
+
+
+def test_the_loss_table_is_written_at_every_validation(workplace, stopped):
+    def steps() -> list[int]:
+        return [int(line.split(",")[0]) for line in Path("metrics/loss.csv").read_text().splitlines()[1:]]
+
+    stopped(9)
+    assert steps() == [4, 7]
+    stopped(14)
+    assert steps() == [4, 7, 10, 13]
+    run(train.main)
+    assert steps() == [4, 7, 10, 13, 16]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -174,14 +186,14 @@ def test_a_signal_finishes_the_step_and_says_how_to_go_on(workplace, stopped, nu
     before = signal.getsignal(number)
     output = stopped(5, number)  # not a step at which a checkpoint was due
     (file,) = [file for file in checkpoints() if file.name.startswith("00000005-")]
-    line = f"train: stopped after step 5 of 16; kept in {file.parent}: run the same command to go on"
+    line = f"train: stopped after step 5 of 16; checkpoint in {file.parent}: run the same command to resume"
     assert output.splitlines()[-1] == line
     assert not Path("data/adapter").exists()
     assert signal.getsignal(number) is before
 
 
 def test_a_second_signal_ends_it_at_once(workplace, monkeypatch):
-    learning_rate, steps, before = loop.learning_rate, [], signal.default_int_handler
+    learning_rate, steps, before = loop.lr_at_step, [], signal.default_int_handler
     signal.signal(signal.SIGINT, before)  # a shell's background jobs ignore it
 
     def rate(step, *others):
@@ -195,7 +207,7 @@ def test_a_second_signal_ends_it_at_once(workplace, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
         return learning_rate(step, *others)
 
-    monkeypatch.setattr(loop, "learning_rate", rate)
+    monkeypatch.setattr(loop, "lr_at_step", rate)
     assert run(train.main, 130).splitlines()[-1] == "Stopped; no output is half written"
     assert steps[-1] == 5
     assert {file.name[:8] for file in checkpoints()} == {"00000002", "00000004"}
@@ -203,7 +215,7 @@ def test_a_second_signal_ends_it_at_once(workplace, monkeypatch):
 
 def test_a_signal_between_two_looks_still_leaves_a_checkpoint(workplace, monkeypatch):
     """It comes when step 5 has been told to leave none, and before the loop looks whether to go on."""
-    due = checkpoint.Checkpoints.due
+    due = checkpoint.Checkpoints.is_due
 
     def late(self, step, stopping):
         found = due(self, step, stopping)
@@ -211,8 +223,8 @@ def test_a_signal_between_two_looks_still_leaves_a_checkpoint(workplace, monkeyp
             os.kill(os.getpid(), signal.SIGTERM)
         return found
 
-    monkeypatch.setattr(checkpoint.Checkpoints, "due", late)
-    assert "train: stopped after step 6 of 16; kept in " in run(train.main, 143)
+    monkeypatch.setattr(checkpoint.Checkpoints, "is_due", late)
+    assert "train: stopped after step 6 of 16; checkpoint in " in run(train.main, 143)
     assert "00000006" in {file.name[:8] for file in checkpoints()}
 
 
@@ -225,13 +237,13 @@ def test_a_signal_to_a_run_that_has_no_step_left_lets_it_end(workplace, stopped,
         return resume(self, *others)
 
     monkeypatch.setattr(checkpoint.Checkpoints, "resume", signalled)
-    assert "going on after step 16 of 16" in run(train.main)
+    assert "resuming after step 16 of 16" in run(train.main)
     assert Path("data/adapter").exists()
 
 
 def test_without_checkpoints_a_signal_finishes_the_step_and_keeps_nothing(workplace, stopped):
     tiny.set_param(workplace, "train.checkpoint_every", 0)
-    assert "nothing is kept, since train.checkpoint_every is 0" in stopped(5)
+    assert "no checkpoint, since train.checkpoint_every is 0" in stopped(5)
     assert checkpoints() == []
 
 
@@ -239,11 +251,11 @@ def test_a_changed_parameter_starts_afresh_and_another_run_s_checkpoints_stay(wo
     stopped(8)
     kept = checkpoints()
     tiny.set_param(workplace, "train.learning_rate", 1e-3)
-    assert "going on" not in run(train.main)
+    assert "resuming" not in run(train.main)
     assert checkpoints() == kept
     changed = contents(workplace)
     tiny.set_param(workplace, "train.learning_rate", 2e-3)
-    assert "going on after step 8 of 16" in run(train.main)
+    assert "resuming after step 8 of 16" in run(train.main)
     assert checkpoints() == []
     assert contents(workplace) != changed
 
@@ -289,8 +301,8 @@ def name_of_run(workplace, monkeypatch):
         names = []
 
         def fit(*arguments):
-            names.append(arguments[-1].folder.name)
-            raise Stop("named")
+            names.append(arguments[5].folder.name)
+            raise StageError("named")
 
         with monkeypatch.context() as patch:
             patch.setattr(loop, "fit", fit)
@@ -323,7 +335,7 @@ def test_no_parameter_of_train_is_left_out_above(workplace):
 @pytest.mark.parametrize("name", ["tokens/train.npy", "base/model.safetensors"])
 def test_a_run_of_another_input_has_other_checkpoints(workplace, name_of_run, monkeypatch, name):
     before = name_of_run()
-    monkeypatch.setattr(blocks, "read_manifest", lambda *_: None)  # which would refuse it
+    monkeypatch.setattr(blocks, "read_token_manifest", lambda *_: None)  # which would refuse it
     file = Path("data", name)
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -337,7 +349,7 @@ def test_the_key_stands_for_parameters_inputs_code_and_device(tmp_path, monkeypa
     code.write_text("code")
 
     def key(rate: float = 1e-3, device: str = "CPU") -> str:
-        return checkpoint.key({"train": {"learning_rate": rate}}, [folder], [code], device)
+        return checkpoint.run_key({"train": {"learning_rate": rate}}, [folder], [code], device)
 
     found = [key(), key(rate=1.0000001e-3), key(device="GPU")]
     assert key() == found[0]
@@ -354,7 +366,7 @@ def test_the_key_stands_for_parameters_inputs_code_and_device(tmp_path, monkeypa
 
 
 def test_the_code_in_the_key_is_all_that_dvc_watches():
-    code = {file.relative_to(tiny.ROOT).as_posix() for file in train.code_files()}
+    code = {file.relative_to(tiny.ROOT).as_posix() for file in checkpoint.code_files(Path(train.__file__))}
     assert imported_files("train", tiny.ROOT) - code == {"stages/__init__.py"}
 
 
@@ -372,10 +384,10 @@ def test_a_checkpoint_that_is_still_being_written_does_not_change_with_the_next_
         losses[0] += 1
 
     step()
-    held = checkpoint.pack(trained, optimizer, [torch.ones(3)], losses)
+    held = checkpoint.collect_tensors(trained, optimizer, [torch.ones(3)], losses)
     before = {name: value.clone() for name, value in held.items()}
     step()
-    now = checkpoint.pack(trained, optimizer, [torch.ones(3)], losses)
+    now = checkpoint.collect_tensors(trained, optimizer, [torch.ones(3)], losses)
     assert all(torch.equal(held[name], before[name]) for name in held)
     changed = {name for name in held if not torch.equal(now[name], before[name])}
     assert changed == {"value.0", "losses", *(f"optimizer.0.{name}" for name in ("step", "exp_avg", "exp_avg_sq"))}
@@ -402,7 +414,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(workplace, sto
     damage(damaged, how)
     output = run(train.main)
     assert f"train: warning: {damaged} is damaged: skipped and removed" in output
-    assert "going on after step 6 of 16" in output
+    assert "resuming after step 6 of 16" in output
     assert contents(workplace) == expected
 
 
@@ -412,7 +424,7 @@ def test_where_all_checkpoints_are_damaged_it_starts_afresh(workplace, stopped):
         damage(file, "cut off")
     output = run(train.main)
     assert output.count("is damaged") == 2
-    assert "going on" not in output
+    assert "resuming" not in output
 
 
 def test_what_a_killed_run_had_begun_to_write_is_cleared_away(workplace, stopped):
@@ -426,7 +438,7 @@ def test_a_run_leaves_alone_what_another_of_the_same_key_is_writing(tmp_path):
     kept = checkpoint.Checkpoints(tmp_path, 1, [])
     for step in (1, 2, 3):
         (tmp_path / ".00000009-0123.safetensors.new").write_bytes(b"half")
-        kept.put(step, {"value": torch.ones(1)}, "{}")
+        kept.write_file(step, {"value": torch.ones(1)}, "{}")
     assert sorted(file.name[:9] for file in tmp_path.iterdir()) == [".00000009", "00000002-", "00000003-"]
 
 
@@ -448,10 +460,10 @@ def test_a_disk_that_fills_up_leaves_checkpoints_and_outputs_as_they_were(workpl
     assert len(lines) == 1 and "No space left on device" in lines[0] and str(small_disk) in lines[0]
     left = sorted(small_disk.glob("*/*"))
     assert len(left) >= 1
-    assert all(checkpoint.digest(file.read_bytes()) == file.stem.split("-")[1] for file in left)
+    assert all(checkpoint.short_digest(file.read_bytes()) == file.stem.split("-")[1] for file in left)
     assert contents(workplace) == expected
     shutil.move(left[0].parent, Path("data/.checkpoints") / left[0].parent.name)
-    assert f"going on after step {int(left[-1].name[:8])} of 16" in run(train.main)
+    assert f"resuming after step {int(left[-1].name[:8])} of 16" in run(train.main)
     assert contents(workplace) == expected
 
 
@@ -465,7 +477,7 @@ def test_every_byte_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch
         os, "fsync", lambda number: done.append(os.readlink(f"/proc/self/fd/{number}")) or fsync(number)
     )
     monkeypatch.setattr(os, "replace", lambda *names: done.append("replace") or replace(*names))
-    with whole(tmp_path / "out") as folder:
+    with atomic_output(tmp_path / "out") as folder:
         (folder / "inner").mkdir(parents=True)
         (folder / "inner" / "file").write_text("bytes")
     new = f"{tmp_path}/.out.new"
@@ -482,12 +494,12 @@ def test_an_old_output_that_was_half_removed_never_comes_back(tmp_path, monkeypa
         (path / "a").unlink()
         raise SystemExit
 
-    with monkeypatch.context() as patch, pytest.raises(SystemExit), whole(target) as folder:
+    with monkeypatch.context() as patch, pytest.raises(SystemExit), atomic_output(target) as folder:
         folder.mkdir()
         patch.setattr(artifacts.shutil, "rmtree", killed)
     shutil.rmtree(target)  # as DVC does before it runs a stage again
-    with pytest.raises(Stop), whole(target):
-        raise Stop("the next run fails")
+    with pytest.raises(StageError), atomic_output(target):
+        raise StageError("the next run fails")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -495,8 +507,8 @@ def test_killed_between_two_renames_the_old_output_comes_back(tmp_path):
     (tmp_path / ".out.old").mkdir()
     (tmp_path / ".out.old" / "file").write_text("old")
     (tmp_path / ".out.new").mkdir()
-    with pytest.raises(Stop), whole(tmp_path / "out"):
-        raise Stop("the next run fails")
+    with pytest.raises(StageError), atomic_output(tmp_path / "out"):
+        raise StageError("the next run fails")
     assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["out", "out/file"]
 
 
@@ -521,7 +533,7 @@ def test_dvc_repro_goes_on_where_a_killed_one_was(project, inputs, monkeypatch):
     running.communicate()
     assert running.returncode != 0
     assert not Path("data/adapter").exists()
-    assert "train: going on after step" in tiny.run(project, *command)
+    assert "train: resuming after step" in tiny.run(project, *command)
     assert contents(project) == expected
     assert checkpoints() == []
 
@@ -539,16 +551,16 @@ def stages_of(parent: int) -> list[int]:
 
 def test_a_gradient_that_is_not_finite_stops_with_its_step():
     norms = [1.0, math.inf, 1.0]
-    with pytest.raises(Stop, match=r"the norm of the gradient is inf at step 19: lower train.learning_rate"):
-        divergence.check_norms(norms, math.inf, 20)
+    with pytest.raises(StageError, match=r"the norm of the gradient is inf at step 19: lower train.learning_rate"):
+        divergence.check_gradient_norms(norms, math.inf, 20)
 
 
 def test_a_gradient_that_explodes_is_warned_of(capsys):
-    lowest = divergence.check_norms([2.0, 3.0, 100.0], math.inf, 10)
+    lowest = divergence.check_gradient_norms([2.0, 3.0, 100.0], math.inf, 10)
     assert lowest == 3.0
-    assert divergence.check_norms([290.0], lowest, 20) == 3.0
+    assert divergence.check_gradient_norms([290.0], lowest, 20) == 3.0
     assert capsys.readouterr().out == ""
-    assert divergence.check_norms([310.0], lowest, 30) == 3.0
+    assert divergence.check_gradient_norms([310.0], lowest, 30) == 3.0
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("train: warning: the gradient explodes: norm 310 near step 30, 3 before: lower train.learn")
 
@@ -592,9 +604,9 @@ def test_no_run_goes_on_from_a_step_that_diverged(workplace, monkeypatch):
 
 @pytest.mark.parametrize("change", [0.0, 0.1, -0.1])
 def test_a_run_that_ends_no_better_than_the_base_says_so(capsys, change):
-    history = loop.History([], 5.0, {"validation_loss": 5.0 + change, "step": 1}, 10, 1.0)
-    record = {"best_validation_loss": 5.0 + change, "best_step": 1, "trainable_parameters": 1}
-    train.report(history, record, {"tokens_per_second": 1, "peak_memory_bytes": 1})
+    record = {"start_validation_loss": 5.0, "best_validation_loss": 5.0 + change}
+    record |= {"best_step": 1, "trainable_parameters": 1}
+    summary.echo_result(record, {"tokens_per_second": 1, "peak_memory_bytes": 1})
     warning = "train: warning: no better than before training; lower train.learning_rate or train for more epochs\n"
     assert capsys.readouterr().out.endswith(warning) == (change >= 0)
 
@@ -608,9 +620,9 @@ def small_gpu(monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
         return accumulate(add, rows, places, batch_size)
 
-    accumulate = loop.accumulate
-    monkeypatch.setattr(loop, "accumulate", limited)
-    monkeypatch.setattr(oom, "measure", lambda *_: (2_000_000, 1_000_000, 8_000_000))
+    accumulate = loop.accumulate_gradients
+    monkeypatch.setattr(loop, "accumulate_gradients", limited)
+    monkeypatch.setattr(oom, "measure_memory", lambda *_: (2_000_000, 1_000_000, 8_000_000))
 
 
 def test_too_little_memory_names_the_batch_that_fits(workplace, small_gpu):
@@ -631,7 +643,7 @@ def test_too_little_memory_for_a_single_row(workplace, small_gpu, monkeypatch, r
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return 2_000_000, 1_000_000, room
 
-    monkeypatch.setattr(oom, "measure", measure)
+    monkeypatch.setattr(oom, "measure_memory", measure)
     line = run(train.main, 1).splitlines()[-1]
     assert line.startswith("Error: train: out of memory at train.batch_size 16: not even a row of 32 tokens fits: ")
 
@@ -645,5 +657,5 @@ def test_too_little_memory_in_any_other_stage(workplace, monkeypatch):
 
 
 def test_what_fits_leaves_some_memory_unused():
-    assert oom.largest(fixed=10, row=10, room=100) == 8
-    assert oom.largest(fixed=200, row=10, room=100) == 0
+    assert oom.max_batch_size(fixed=10, row=10, room=100) == 8
+    assert oom.max_batch_size(fixed=200, row=10, room=100) == 0

@@ -192,14 +192,14 @@ def test_a_lock_file_that_is_not_up_to_date_is_seen(clone, file, found, instead,
 
 
 def test_experiments_of_a_parallel_queue_are_right_and_travel(author, pair, clone):
-    run(author, "dvc", "exp", "run", "--queue", "--name", "quantised", "-S", "method=qlora")
+    run(author, "dvc", "exp", "run", "--queue", "--name", "quantized", "-S", "method=qlora")
     run(author, "dvc", "exp", "run", "--queue", "--name", "whole", "-S", "method=full")
     run(author, "dvc", "exp", "run", "--run-all", "--jobs", "2")
-    printed = run(author, "dvc", "exp", "push", "origin", "quantised", "whole")
+    printed = run(author, "dvc", "exp", "push", "origin", "quantized", "whole")
     assert "Pushed experiment" in printed
 
-    run(clone, "dvc", "exp", "pull", "origin", "quantised", "whole")
-    for name, method in (("quantised", "qlora of 4 bits"), ("whole", "full")):
+    run(clone, "dvc", "exp", "pull", "origin", "quantized", "whole")
+    for name, method in (("quantized", "qlora of 4 bits"), ("whole", "full")):
         run(clone, "dvc", "exp", "apply", name)
         alone = contents(pair[0] / "results" / method, *OUTPUTS)
         assert differing(contents(clone, *OUTPUTS), alone) == set()

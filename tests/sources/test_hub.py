@@ -35,10 +35,10 @@ SPLITS = {
 FETCH = """
 import json, sys
 from gpt2lora.sources import hub
-from gpt2lora.pipeline.cli import stage
+from gpt2lora.pipeline.cli import command
 assert not {"huggingface_hub", "datasets"} & set(sys.modules)
 
-@stage
+@command
 def main():
     kind, repo, config, revision = sys.argv[1:]
     if kind == "model":
@@ -312,7 +312,7 @@ def test_a_hub_that_asks_to_wait_is_waited_for_and_the_user_sees_it(hub, home, h
 
 def test_a_time_to_wait_until_is_turned_into_seconds():
     def asked(text: str) -> int:
-        return hub_download._asked(SimpleNamespace(status_code=503, headers={"Retry-After": text}))
+        return hub_download._requested_wait(SimpleNamespace(status_code=503, headers={"Retry-After": text}))
 
     assert 88 <= asked(format_datetime(datetime.now(UTC) + timedelta(seconds=90), usegmt=True)) <= 90
     assert asked("Wed, 21 Oct 2015 07:28:00 GMT") == 0
@@ -355,18 +355,18 @@ def test_a_break_after_many_bytes_is_not_counted(tmp_path, monkeypatch):
         asked.append(out.tell())
         out.write(content[out.tell() :][:10_000])
         if out.tell() < size:
-            raise hub_download.Break("broken off")
+            raise hub_download.ConnectionBroken("broken off")
 
-    monkeypatch.setattr(hub_download, "_append", append)
-    monkeypatch.setattr(hub_download, "ENOUGH", 10_000)
+    monkeypatch.setattr(hub_download, "_download_rest", append)
+    monkeypatch.setattr(hub_download, "PROGRESS_BYTES", 10_000)
     blob = tmp_path / hashlib.sha256(content).hexdigest()
-    hub_download._fetch("url", blob, len(content), "name")
+    hub_download._download("url", blob, len(content), "name")
     assert blob.read_bytes() == content
     assert asked == list(range(0, len(content), 10_000))
-    monkeypatch.setattr(hub_download, "ENOUGH", 10_001)
+    monkeypatch.setattr(hub_download, "PROGRESS_BYTES", 10_001)
     blob.unlink()
-    with pytest.raises(hub_download.Break):
-        hub_download._fetch("url", blob, len(content), "name")
+    with pytest.raises(hub_download.ConnectionBroken):
+        hub_download._download("url", blob, len(content), "name")
     assert [path.suffix for path in tmp_path.iterdir()] == [".incomplete"]
 
 

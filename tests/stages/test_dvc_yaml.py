@@ -304,7 +304,7 @@ def experiments(project: Path) -> dict[str, dict[str, str]]:
 
 
 def test_an_experiment_in_the_workspace(finished):
-    output = run(finished, "dvc", "exp", "run", "--name", "quantised", "-S", "method=qlora")
+    output = run(finished, "dvc", "exp", "run", "--name", "quantized", "-S", "method=qlora")
     assert stages_run(output) == ["train", "evaluate"]
     changed = {"params.yaml", "dvc.lock", *METRICS} - {"metrics/plots/learning_rate.png"}  # drawn again, the same
     assert changed_files(finished) == changed
@@ -317,9 +317,9 @@ def test_an_experiment_in_the_workspace(finished):
     assert all(math.isfinite(number) for row in rows for number in row.values())
 
     table = experiments(finished)
-    assert table["quantised"]["method"] == "qlora"
+    assert table["quantized"]["method"] == "qlora"
     assert table["main"]["method"] == "lora"
-    assert table["quantised"]["tuned.loss"] == table["workspace"]["tuned.loss"] != table["main"]["tuned.loss"]
+    assert table["quantized"]["tuned.loss"] == table["workspace"]["tuned.loss"] != table["main"]["tuned.loss"]
 
     run(finished, "dvc", "plots", "show")
     page = (finished / "dvc_plots/index.html").read_text(encoding="utf-8")

@@ -24,7 +24,7 @@ from gpt2lora.evaluation import metrics, protocols
 from gpt2lora.model import loading
 from gpt2lora.pipeline.artifacts import digests
 from gpt2lora.scoring import log_likelihood, windows
-from gpt2lora.scoring.log_likelihood import Likelihood
+from gpt2lora.scoring.log_likelihood import TokenScores
 from stages import base, evaluate, prepare, tokenize, train
 
 METHODS = {
@@ -157,7 +157,7 @@ def restored(workplace):
 def test_native_figures_are_those_of_each_token_by_itself(restored, stride):
     text = Path("data/raw/test.txt").read_text()
     tokenizer, end = load_tokenizer(Path("data/base")), read("data/base/config.json")["eos_token_id"]
-    stream = [id for article in articles.split(text) for id in (*tokenizer.encode(article).ids, end)][:-1]
+    stream = [id for article in articles.split_articles(text) for id in (*tokenizer.encode(article).ids, end)][:-1]
     scored = brute_force.scored(Path("data/base"), [stream], [brute_force.slid(len(stream), BLOCK, stride or BLOCK)])
     check_figures(evaluated(restored, stride=stride), *scored, len(text.split()), len(text.encode()))
 
@@ -175,9 +175,9 @@ def test_hf_figures_are_those_of_each_token_by_itself(restored, stride):
 
 def test_lm_eval_figures_are_those_of_each_token_by_itself(restored):
     text = Path("data/raw/test.txt").read_text()
-    pages = protocols.pages(text)
+    pages = protocols.split_pages(text)
     tokenizer, end = load_tokenizer(Path("data/base")), read("data/base/config.json")["eos_token_id"]
-    texts = [[end, *tokenizer.encode(protocols.detokenise(page)).ids] for page in pages]
+    texts = [[end, *tokenizer.encode(protocols.detokenize(page)).ids] for page in pages]
     contexts = [brute_force.rolled(len(text), BLOCK) for text in texts]
     words = sum(len(re.split(r"\s+", page)) for page in pages)
     found = evaluated(restored, protocol="lm-eval")
@@ -211,7 +211,7 @@ def test_positions_stand_in_at_most_32_buckets_by_their_first(tmp_path, block_si
     count = len(contexts)
     skips = np.array(contexts) - 1
     laid = windows.Windows(np.zeros(2000, np.uint16), np.zeros(count, int), skips + 2, skips)
-    scored = Likelihood(np.arange(count) + 1.0, np.zeros(count, int))
+    scored = TokenScores(np.arange(count) + 1.0, np.zeros(count, int))
     metrics.write_positions(tmp_path / "positions.csv", laid, {"base": scored, "tuned": scored}, block_size)
     table = pandas.read_csv(tmp_path / "positions.csv")
     assert list(zip(table.position, table.tokens, strict=True)) == expected
@@ -222,23 +222,23 @@ def test_positions_stand_in_at_most_32_buckets_by_their_first(tmp_path, block_si
 
 
 def task_of(tokens: int, words: int) -> protocols.Task:
-    return protocols.Task(windows.slide([np.zeros(tokens + 1, np.uint16)], BLOCK, BLOCK), words, 10)
+    return protocols.Task(windows.sliding_windows([np.zeros(tokens + 1, np.uint16)], BLOCK, BLOCK), words, 10)
 
 
 @pytest.mark.parametrize(("loss", "warned"), [(math.log(1.49), True), (math.log(1.51), False)])
 def test_a_perplexity_that_no_real_text_has_is_reported_as_a_leak(capsys, loss, warned):
-    scores = metrics.figures(Likelihood(np.full(4, loss), np.zeros(4, int)), task_of(4, 4))
-    metrics.warn("tuned", scores)
+    scores = metrics.compute_metrics(TokenScores(np.full(4, loss), np.zeros(4, int)), task_of(4, 4))
+    metrics.warn_about_metrics("tuned", scores)
     printed = capsys.readouterr().out
     assert ("warning: the tuned model's perplexity" in printed and "labels probably leak" in printed) is warned
 
 
 def test_a_perplexity_too_large_for_a_number_is_capped_and_said(capsys):
-    scores = metrics.figures(Likelihood(np.full(8, 650.0), np.full(8, 7)), task_of(8, 2))
+    scores = metrics.compute_metrics(TokenScores(np.full(8, 650.0), np.full(8, 7)), task_of(8, 2))
     assert scores["perplexity"] == math.exp(650)
     assert scores["word_perplexity"] == math.exp(700)
     assert json.loads(json.dumps(scores, allow_nan=False)) == scores
-    metrics.warn("base", scores)
+    metrics.warn_about_metrics("base", scores)
     assert capsys.readouterr().out.count("word_perplexity is capped at 1.0e+304") == 1
 
 
@@ -335,7 +335,7 @@ def test_the_training_record_agrees_with_the_files(method):
     assert (record["trainable_percent"] == 100) is whole
 
 
-def test_the_quantised_bases_take_less_memory():
+def test_the_quantized_bases_take_less_memory():
     sizes = {method: read(f"{method}/train.json")["frozen_base_bytes"] for method in METHODS}
     assert sizes["full"] == 0 < sizes["qlora"] < sizes["qlora8"] < sizes["lora"] == sizes["lora, adapter of 8 bits"]
 
@@ -366,10 +366,10 @@ def test_the_whole_model_is_an_ordinary_one_for_transformers():
 
 
 def test_the_tuned_model_that_is_evaluated_is_the_best_that_was_trained():
-    validation = blocks.load(Path("data/tokens"), "validation")
+    validation = blocks.load_blocks(Path("data/tokens"), "validation")
     for method in METHODS:
         network = loading.load_tuned(Path("data/base"), Path(method, "adapter"), torch.float32)
-        found = log_likelihood.loss(network, validation, 8, torch.float32, "")
+        found = log_likelihood.validation_loss(network, validation, 8, torch.float32, "")
         assert found == pytest.approx(read(f"{method}/train.json")["best_validation_loss"], rel=1e-5), method
 
 

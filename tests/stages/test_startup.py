@@ -64,7 +64,7 @@ class Garbage:
     def __del__(self):
         print("searched for garbage", flush=True)
 
-@cli.stage
+@cli.command
 def main():
     "Leave a cycle behind."
     thing = Garbage()

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from gpt2lora.training import loss
-from gpt2lora.training.loss import IGNORED, LinearCrossEntropy
+from gpt2lora.training.loss import IGNORE_INDEX, LinearCrossEntropy
 
 TOKENS, WIDTH, VOCABULARY = 43, 16, 131
 
@@ -15,19 +15,19 @@ def inputs(dtype=torch.float64):
     states = torch.randn(TOKENS, WIDTH).to(dtype).requires_grad_()
     weight = torch.randn(VOCABULARY, WIDTH).to(dtype).requires_grad_()
     targets = torch.randint(VOCABULARY, (TOKENS,))
-    targets[[0, 5, -1]] = IGNORED
+    targets[[0, 5, -1]] = IGNORE_INDEX
     return states, weight, targets
 
 
 def plain(states, weight, targets):
-    return F.cross_entropy(states @ weight.T, targets, ignore_index=IGNORED, reduction="sum")
+    return F.cross_entropy(states @ weight.T, targets, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 @pytest.mark.parametrize("multiple", [1, 64])
 @pytest.mark.parametrize("chunk", [1, 7, 43, 100])
 def test_value_and_gradients_are_those_of_the_plain_form(monkeypatch, chunk, multiple):
-    monkeypatch.setitem(loss.CHUNKS, "cpu", chunk)
-    monkeypatch.setitem(loss.MULTIPLES, "cpu", multiple)
+    monkeypatch.setitem(loss.CHUNK_TOKENS, "cpu", chunk)
+    monkeypatch.setitem(loss.VOCABULARY_MULTIPLE, "cpu", multiple)
     found, expected = inputs(), inputs()
     ours, theirs = LinearCrossEntropy.apply(*found, torch.float64), plain(*expected)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
@@ -64,7 +64,7 @@ def test_only_what_is_trained_has_a_gradient(trained):
 
 def test_all_ignored_is_nothing():
     states, weight, _ = inputs()
-    nll = LinearCrossEntropy.apply(states, weight, torch.full((TOKENS,), IGNORED), torch.float64)
+    nll = LinearCrossEntropy.apply(states, weight, torch.full((TOKENS,), IGNORE_INDEX), torch.float64)
     nll.backward()
     assert float(nll) == 0
     assert not states.grad.any()
@@ -72,8 +72,8 @@ def test_all_ignored_is_nothing():
 
 @pytest.mark.parametrize("multiple", [1, 64])
 def test_no_more_than_a_chunk_of_logits_is_ever_held(monkeypatch, multiple):
-    monkeypatch.setitem(loss.CHUNKS, "cpu", 4)
-    monkeypatch.setitem(loss.MULTIPLES, "cpu", multiple)
+    monkeypatch.setitem(loss.CHUNK_TOKENS, "cpu", 4)
+    monkeypatch.setitem(loss.VOCABULARY_MULTIPLE, "cpu", multiple)
     sizes = []
 
     class Recorder(torch.utils._python_dispatch.TorchDispatchMode):

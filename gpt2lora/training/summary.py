@@ -1,0 +1,47 @@
+"""The results of a training run: metrics/train.json and metrics/train_timings.json."""
+
+import torch
+
+from gpt2lora.model.lora import lora_layers
+from gpt2lora.model.quantization import count_frozen_bytes, count_frozen_parameters
+from gpt2lora.pipeline.cli import echo
+from gpt2lora.training.state import History
+
+
+def summarize_training(model: torch.nn.Module, history: History) -> dict:
+    """Return what each run reproduces: sizes, steps, tokens, losses in nats/token, and the layers with an adapter."""
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    frozen = count_frozen_parameters(model)
+    return {
+        "trainable_parameters": trainable,
+        "frozen_parameters": frozen,
+        "trainable_percent": 100 * trainable / (trainable + frozen),
+        "frozen_base_bytes": count_frozen_bytes(model),
+        "steps": history.rows[-1]["step"],
+        "tokens": history.tokens,
+        "start_validation_loss": history.start_loss,
+        "best_validation_loss": history.best["validation_loss"],
+        "best_step": history.best["step"],
+        "adapted_modules": list(lora_layers(model)) if hasattr(model, "get_base_model") else [],
+    }
+
+
+def measure_speed(history: History, peak_memory: int) -> dict:
+    """Return what differs from run to run. peak_memory: in bytes."""
+    return {
+        "train_seconds": history.seconds,
+        "tokens_per_second": history.tokens / history.seconds,
+        "peak_memory_bytes": peak_memory,
+    }
+
+
+def echo_result(record: dict, timings: dict) -> None:
+    """Print the result in one line, and a warning if training did not lower the validation loss."""
+    start, best = record["start_validation_loss"], record["best_validation_loss"]
+    echo(
+        f"train: validation loss {start:.4f} -> {best:.4f} nats/token (step {record['best_step']}), "
+        f"{record['trainable_parameters']:,} trained parameters, {timings['tokens_per_second']:,.0f} tokens/s, "
+        f"peak memory {timings['peak_memory_bytes'] / 1e9:.2f} GB"
+    )
+    if best >= start:
+        echo("train: warning: no better than before training; lower train.learning_rate or train for more epochs")
