@@ -1,33 +1,38 @@
-# make demo: the whole pipeline on an embedded sample.  make test: lint and every test.
-# make test-kill: kills every stage 200 times at random moments.
-# make bench: speed and memory of training against transformers' Trainer, into benchmarks/out; see docs/performance.md.
-# make gate: GPT-2's published figures on WikiText-2, from the hub; fails when one is off by more than 0.1.
-# All set up .venv first. PYTHON=python3.12 make demo takes another interpreter (3.11 or newer).
+# Every target sets up .venv first. PYTHON=python3.12 make demo takes another interpreter (3.11 or newer).
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test test-kill gate bench install clean
+.PHONY: help demo test test-all test-slow test-kill verify bench install clean
 .DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
 
-demo: $(INSTALLED)
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(INSTALLED) ## run the whole pipeline on the embedded sample, with LoRA and with QLoRA, and compare them
 	@$(BIN)/python tools/demo.py
 
-test: $(INSTALLED)
+test: $(INSTALLED) ## lint, and run the tests that tell quickly: about 5 minutes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
 
-test-kill: $(INSTALLED)
-	KILLS=200 $(BIN)/python -m pytest tests/test_checkpoint.py -k random_moments --timeout 3600
+test-all: test test-slow ## run every test
 
-gate: $(INSTALLED)
+test-slow: $(INSTALLED) ## run the tests that `make test` leaves out: kills, clones, experiments, fuzzing
+	$(BIN)/python -m pytest -m slow
+
+test-kill: $(INSTALLED) ## kill every stage 200 times at random moments
+	KILLS=200 $(BIN)/python -m pytest tests/reliability/test_killed.py -k random_moments --timeout 3600
+
+verify: $(INSTALLED) ## check GPT-2's published perplexities on WikiText-2: needs the hub, and a GPU or patience
 	@$(BIN)/python tools/published_perplexity.py
 
-bench: $(INSTALLED)
-	@$(BIN)/python -m benchmarks.train
+bench: $(INSTALLED) ## measure training against transformers' Trainer, plain and compiled: see docs/performance.md
+	@$(BIN)/python -m benchmarks.training
 
-install: $(INSTALLED)
+install: $(INSTALLED) ## set up .venv only
 	@echo "Activate the environment: . .venv/bin/activate"
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -36,5 +41,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) tools/heartbeat.py 'pip install' $(BIN)/python -m pip install --progress-bar off --constraint constraints.txt --editable '.[test]'
 	@touch $@
 
-clean:
+clean: ## remove .venv and all caches of tools
 	rm -rf .venv *.egg-info .pytest_cache .ruff_cache .hypothesis

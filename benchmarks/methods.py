@@ -1,17 +1,22 @@
-"""methods: every method, fine-tuned from one base on one corpus.
+"""Every method on one base and corpus: each at its own best learning rate, found by a sweep, then over three seeds.
 
-in   --base, a folder as for presets.local.model; --corpus, one as for presets.local.dataset; params.yaml
-out  OUT/runs.jsonl: a record of each run, added when it ends; OUT/methods.md: tables of all of them
+    python -m benchmarks.methods --base FOLDER --corpus FOLDER --out FOLDER [--jobs N] [--only NAME ...]
 
-Started again with the same --out, it makes only the runs that no record says have succeeded.
+in   --base, a model; --corpus, a text; params.yaml for everything that METHODS does not set
+out  OUT/runs.jsonl: a record for each run; OUT/methods.md: the tables
+
+base, prepare and tokenize run once. Started again, the study makes only the runs that are missing or failed.
 """
 
+import functools
 import json
 import os
 import shutil
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from queue import SimpleQueue
@@ -19,189 +24,227 @@ from typing import Any
 
 import click
 
-from benchmarks import grid, tables, workspace
-from benchmarks.grid import Run
+from benchmarks import workspace
 from gpt2lora.pipeline.artifacts import atomic_output
 from gpt2lora.pipeline.cli import StageError, command, echo
 
-RECORDS, TABLES, CONDITIONS = "runs.jsonl", "methods.md", "conditions.json"
-FIGURES = ("train", "train_timings", "eval")  # the files of metrics/ that a record holds
+QLORA = {"method": "qlora", "methods.qlora.bits": 4, "methods.qlora.quant_type": "nf4"}
+INT8 = {"method": "qlora", "methods.qlora.bits": 8, "methods.qlora.double_quant": False}
+METHODS: dict[str, dict[str, Any]] = {  # what differs from params.yaml; method is lora where nothing else is said
+    "lora": {},
+    **{f"lora-r{r}": {"lora.r": r, "lora.alpha": 2 * r} for r in (8, 32, 64, 128)},
+    **{f"lora-r{r}-alpha32": {"lora.r": r, "lora.alpha": 32} for r in (8, 64, 128)},
+    "full": {"method": "full"},
+    "qlora-nf4": QLORA,
+    "qlora-fp4": QLORA | {"methods.qlora.quant_type": "fp4"},
+    "qlora-8bit": INT8,
+    "qlora-loftq": QLORA | {"lora.init": "loftq"},
+    "lora-dropout-0": {"lora.dropout": 0.0},
+    "lora-attention": {"lora.target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},  # of Gemma and Llama
+    "lora-batch-32": {"train.batch_size": 32},
+    "rslora": {"lora.use_rslora": True},
+    "dora": {"lora.use_dora": True},
+    "lora-plus": {"train.lora_plus_ratio": 16.0},
+    **{init: {"lora.init": init} for init in ("pissa", "olora", "orthogonal")},
+    "lora-bits-8": {"lora.bits": 8},
+    "lora-bits-4": {"lora.bits": 4},
+}
+RATES = (2e-4, 5e-4, 1e-3, 2e-3, 5e-3)
+LOW_RATES = (2e-5, 5e-5, 1e-4, 2e-4, 5e-4)  # of `full`
+SEEDS = (0, 1, 2)
+METRICS = ("train", "train_timings", "eval")  # the files of metrics/ that a record holds
+EXISTING = click.Path(exists=True, path_type=Path)
+Records = dict[str, dict]  # the newest record of each run, by Run.key
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: a method, its learning rate and its seed."""
+
+    method: str
+    learning_rate: float
+    seed: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.method}-lr-{self.learning_rate:g}-seed-{self.seed}"
 
 
 @command
-@click.option("--base", type=Path, required=True, help="Folder of the model that is tuned.")
-@click.option("--corpus", type=Path, required=True, help="Folder or file of the text it is tuned on.")
+@click.option("--base", type=EXISTING, required=True, help="Folder of the model that is tuned.")
+@click.option("--corpus", type=EXISTING, required=True, help="Folder or file of the text it is tuned on.")
 @click.option("--out", type=Path, required=True, help="Folder of runs.jsonl and methods.md.")
-@click.option(
-    "--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Runs at once on each GPU, or on the CPU."
-)
-@click.option("--only", multiple=True, help="Make only runs of such a name, such as 'lora-lr-*'; may be repeated.")
+@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Runs at once on each GPU.")
+@click.option("--only", multiple=True, help="Only methods of such a name, such as 'lora-r*'; may be repeated.")
 @click.option("--seconds", type=float, default=float("inf"), help="Start no run later than this.")
 @click.option("--set", "items", multiple=True, help="key=value of params.yaml, for all runs; may be repeated.")
 def main(
     base: Path, corpus: Path, out: Path, jobs: int, only: tuple[str, ...], seconds: float, items: tuple[str, ...]
 ) -> None:
-    """Train and evaluate the grid of benchmarks/grid.py, and write its tables."""
+    """Train and evaluate METHODS, and write their tables."""
     deadline = time.monotonic() + seconds
     settings = workspace.settings(items)
-    if fixed := grid.KEYS & settings.keys():
-        raise StageError(f"--set {', '.join(sorted(fixed))}: the grid has values of its own for it")
+    names = [name for name in METHODS if not only or any(fnmatch(name, pattern) for pattern in only)]
     shared = prepare(base, corpus, out, settings)
-    around = workspace.environment() | {"jobs": jobs}
+    conditions = workspace.environment() | {"jobs": jobs}
+    gpus: SimpleQueue[str] = SimpleQueue()  # a run takes one and puts it back
     free = workspace.cards() * jobs
-    at_once = len(free)
-    places: SimpleQueue[str] = SimpleQueue()  # a run takes one and puts it back
-    for card in free:
-        places.put(card)
-    threads = os.getenv("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // at_once)))
-    rate = json.loads((shared / CONDITIONS).read_text())["params"]["train"]["learning_rate"]
-    records = read_records(out / RECORDS)
-    for phase in (grid.sweeps, lambda: finals(records, rate)):
-        wanted = {run.key: run for run in phase() if not only or any(fnmatch(run.name, name) for name in only)}
-        todo = [run for run in wanted.values() if not tables.succeeded(run, records)]
-        echo(f"methods: {len(wanted) - len(todo)} runs on record, {len(todo)} to make, {at_once} at once")
-        made = in_parallel(
-            todo, at_once, lambda run: measure(run, out, shared, settings, around, deadline, places, threads)
-        )
-        for place, record in enumerate(made, start=1):
-            add_record(out / RECORDS, record)
+    for gpu in free:
+        gpus.put(gpu)
+    records = read_records(out / "runs.jsonl")
+    for phase in (sweep, finals):
+        runs = [run for name in names for run in phase(name, records)]
+        todo = sorted(set(runs) - set(done(runs, records)), key=lambda run: (run.seed, runs.index(run)))
+        echo(f"methods: {len(runs) - len(todo)} runs on record, {len(todo)} to make, {len(free)} at once")
+        work = functools.partial(make, out, shared, settings, conditions, deadline, gpus, len(free))
+        for number, record in enumerate(in_parallel(todo, len(free), work), start=1):
+            with (out / "runs.jsonl").open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(record) + "\n")
             records[record["key"]] = record
-            echo(f"methods: {place}/{len(todo)} {describe(record)}")
-            write_tables(out, shared, grid.sweeps() + finals(records, rate), records)
-    echo(f"methods: {out / TABLES} holds {sum(record['error'] is None for record in records.values())} runs")
+            result = record["error"] or f"test perplexity {record['eval']['tuned']['perplexity']:.3f}"
+            echo(f"methods: {number}/{len(todo)} {record['key']}: {result}, {record['seconds']:.0f} s")
+            with atomic_output(out / "methods.md") as file:
+                file.write_text(render(records, json.loads((shared / "conditions.json").read_text())), encoding="utf-8")
+    echo(f"methods: {out}/methods.md holds {sum(record['error'] is None for record in records.values())} runs")
+
+
+def sweep(method: str, _: Records) -> list[Run]:
+    """Return the runs that find the learning rate of a method."""
+    return [Run(method, rate, SEEDS[0]) for rate in (LOW_RATES if method == "full" else RATES)]
+
+
+def finals(method: str, records: Records) -> list[Run]:
+    """Return the runs at the best learning rate, over all seeds; none if the whole sweep failed."""
+    rate = best_rate(method, records)
+    return [Run(method, rate, seed) for seed in SEEDS] if rate else []
+
+
+def best_rate(method: str, records: Records) -> float | None:
+    """Return the learning rate of the lowest validation loss; the test split has no say."""
+    runs = done(sweep(method, records), records)
+    losses = {run.learning_rate: records[run.key]["train"]["best_validation_loss"] for run in runs}
+    return min(losses, key=losses.get, default=None)
+
+
+def done(runs: list[Run], records: Records) -> list[Run]:
+    """Return the runs that succeeded."""
+    return [run for run in runs if run.key in records and records[run.key]["error"] is None]
 
 
 def prepare(base: Path, corpus: Path, out: Path, settings: dict[str, Any]) -> Path:
-    """Return the folder where the stages before train have run, once for all runs.
+    """Return the folder in which base, prepare and tokenize have run.
 
     Raises:
-        Stop: OUT holds runs of another base, corpus or params.yaml, or a stage failed.
+        StageError: OUT holds runs of another base, corpus or params.yaml, or a stage failed.
     """
-    for option, path in (("--base", base), ("--corpus", corpus)):
-        if not path.exists():
-            raise StageError(f"{option} {path}: does not exist")
     shared = out.resolve() / "prepared"
     local = {"presets.local.model": str(base.resolve()), "presets.local.dataset": str(corpus.resolve())}
-    params = workspace.write_params(out / "asked", settings)
-    named = {"base": base.resolve(), "corpus": corpus.resolve()}
-    now = {name: f"{path.name}, SHA-256 {workspace.fingerprint(path)}..." for name, path in named.items()}
-    now["params"] = params
-    shutil.rmtree(out / "asked")
-    if (shared / CONDITIONS).is_file():
-        before = json.loads((shared / CONDITIONS).read_text())
-        if other := [name for name in now if before[name] != now[name]]:
-            raise StageError(
-                f"{out}: its runs have another {' and '.join(other)}: give another --out, or remove the folder"
-            )
+    files = {"base": base.resolve(), "corpus": corpus.resolve()}
+    now = {name: f"{path.name}, SHA-256 {workspace.fingerprint(path)}..." for name, path in files.items()}
+    now["params"] = settings | {"params.yaml": workspace.fingerprint(workspace.ROOT / "params.yaml")}
+    if (shared / "conditions.json").is_file():
+        before = json.loads((shared / "conditions.json").read_text())
+        if other := " and ".join(name for name in now if before[name] != now[name]):
+            raise StageError(f"{out}: its runs have another {other}: give another --out, or remove the folder")
         return shared
     workspace.empty(shared)
     workspace.write_params(shared, settings | {"preset": "local"} | local)
     for name in ("base", "prepare", "tokenize"):
         if error := workspace.run_stage(name, shared, shown=True):
             raise StageError(error)
-    (shared / CONDITIONS).write_text(json.dumps(now, indent=2) + "\n")
+    (shared / "conditions.json").write_text(json.dumps(now, indent=2) + "\n")
     return shared
 
 
-def finals(records: tables.Records, default: float) -> list[Run]:
-    """Return the runs that compare, LoRA and full at their best rates on record, `default` where none is."""
-    found = {method: tables.best(grid.sweep(method), records) for method in ("lora", "full")}
-    rates = {method: run.values["train.learning_rate"] if run else default for method, run in found.items()}
-    return grid.finals(rates["lora"], rates["full"], default)
-
-
 def in_parallel(runs: list[Run], jobs: int, work: Callable[[Run], dict | None]) -> Iterator[dict]:
-    """Yield what `work` returns for each run, as it ends; leave out None."""
-    pool = ThreadPoolExecutor(jobs)
-    try:
+    """Yield the result of `work` for each run, as it ends; None is left out."""
+    with ThreadPoolExecutor(jobs) as pool:
         for end in as_completed([pool.submit(work, run) for run in runs]):
             if record := end.result():
                 yield record
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
-def measure(
-    run: Run,
-    out: Path,
-    shared: Path,
-    settings: dict[str, Any],
-    around: dict[str, Any],
-    deadline: float,
-    places: "SimpleQueue[str]",
-    threads: str,
+def make(
+    out: Path, shared: Path, settings: dict, conditions: dict, deadline: float, gpus: SimpleQueue, jobs: int, run: Run
 ) -> dict | None:
-    """Train and evaluate one run in a folder of its own; return its record, or None when it is too late to start."""
+    """Train and evaluate one run; return its record, or None if it is too late to start."""
     if time.monotonic() > deadline:
         return None
     started = time.monotonic()
-    folder = workspace.empty(out / "runs" / f"{run.name}-seed-{run.seed}")
-    made = {name: shared / "data" / name for name in ("base", "raw", "tokens")}
-    workspace.lay_out(folder, settings | run.values | {"seed": run.seed}, **made)
-    place = places.get()
-    variables = {"OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": place}
-    stages = (workspace.run_stage(name, folder, **variables) for name in ("train", "evaluate"))
-    error = next(filter(None, stages), None)  # evaluate runs where train succeeded
-    places.put(place)
-    shutil.rmtree(folder / "data")  # half a gigabyte where all weights were trained
-    record = {"key": run.key, "name": run.name, "seed": run.seed, "error": error, **around}
-    record["seconds"] = round(time.monotonic() - started, 1)
-    figures = {} if error else {name: folder / "metrics" / f"{name}.json" for name in FIGURES}
-    return record | {name: json.loads(file.read_text()) for name, file in figures.items()}
+    folder = workspace.empty(out / "runs" / run.key)
+    values = {"method": "lora"} | METHODS[run.method] | {"train.learning_rate": run.learning_rate, "seed": run.seed}
+    inputs = {name: shared / "data" / name for name in ("base", "raw", "tokens")}
+    workspace.link_inputs(folder, settings | values, **inputs)
+    gpu = gpus.get()
+    threads = os.getenv("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    variables = {"OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": gpu}
+    error = workspace.run_stage("train", folder, **variables) or workspace.run_stage("evaluate", folder, **variables)
+    gpus.put(gpu)
+    shutil.rmtree(folder / "data")  # with method full it holds all weights
+    record = {"key": run.key, "error": error, "seconds": round(time.monotonic() - started, 1), **conditions}
+    metrics = {} if error else {name: folder / "metrics" / f"{name}.json" for name in METRICS}
+    return record | {name: json.loads(file.read_text()) for name, file in metrics.items()}
 
 
-def describe(record: dict) -> str:
-    told = f"failed: {record['error']}"
-    if record["error"] is None:
-        loss, perplexity = record["train"]["best_validation_loss"], record["eval"]["tuned"]["perplexity"]
-        told = f"validation loss {loss:.4f} nats/token, test perplexity {perplexity:.3f}"
-    return f"{record['name']}, seed {record['seed']}: {told}, {record['seconds']:.0f} s"
-
-
-def read_records(file: Path) -> tables.Records:
+def read_records(file: Path) -> Records:
     """Return the newest record of each run."""
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     records = {}
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines() if file.is_file() else [], start=1):
         try:
             record = json.loads(line)
             records[record["key"]] = record
         except (ValueError, KeyError, TypeError) as error:
-            raise StageError(f"{file}, line {number}: no record of a run ({error}); remove the line") from error
+            raise StageError(f"{file}, line {number}: not the record of a run ({error}); remove the line") from error
     return records
 
 
-def add_record(file: Path, record: dict) -> None:
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(record) + "\n")
+COLUMNS: dict[str, tuple[Callable[[dict], float], str]] = {  # of the final table
+    "validation loss, nats/token": (lambda record: record["train"]["best_validation_loss"], ".4f"),
+    "test perplexity": (lambda record: record["eval"]["tuned"]["perplexity"], ".3f"),
+    "beside lora, %": (lambda record: record.get("beside_lora"), "+.2f"),
+    "word perplexity": (lambda record: record["eval"]["tuned"]["word_perplexity"], ".2f"),
+    "trained parameters": (lambda record: record["train"]["trainable_parameters"], ",.0f"),
+    "adapter, MB": (lambda record: record["train"]["adapter_bytes"] / 1e6, ",.2f"),
+    "frozen base, MB": (lambda record: record["train"]["frozen_base_bytes"] / 1e6, ",.1f"),
+    "peak memory, GB": (lambda record: record["train_timings"]["peak_memory_bytes"] / 1e9, ".2f"),
+    "tokens/s": (lambda r: r["train_timings"]["tokens_per_second"] if r["jobs"] == 1 else None, ",.0f"),
+}
 
 
-def write_tables(out: Path, shared: Path, runs: list[Run], records: tables.Records) -> None:
-    from omegaconf import OmegaConf
+def spread(numbers: list[float | None], form: str) -> str:
+    """Return the mean and, if the numbers differ, the sample standard deviation; nothing if one is missing."""
+    if not numbers or None in numbers:
+        return ""
+    mean = format(statistics.mean(numbers), form)
+    return f"{mean} ± {format(statistics.stdev(numbers), form.lstrip('+'))}" if len(set(numbers)) > 1 else mean
 
-    asked = json.loads((shared / CONDITIONS).read_text())
-    params = {key: value for key, value in asked["params"].items() if isinstance(value, dict) and key != "presets"}
-    manifest = json.loads((shared / "data" / "tokens" / "manifest.json").read_text())
-    tokens = ", ".join(f"{split} {counts['tokens']:,}" for split, counts in manifest["splits"].items())
-    done = [record for record in records.values() if record["error"] is None]
 
-    def among(figure: Callable[[dict], Any]) -> str:
-        return ", ".join(dict.fromkeys(str(figure(record)) for record in done))
-
-    conditions = {
-        "base": asked["base"],
-        "base, untuned": f"test perplexity {among(lambda record: round(record['eval']['base']['perplexity'], 3))}",
-        "corpus": f"{asked['corpus']}; tokens: {tokens}; context: {manifest['block_size']}",
-        "steps of a run": among(lambda record: record["train"]["steps"]),
-        "tokens trained on": among(lambda record: record["train"]["tokens"]),
-        "runs at once on the device": among(lambda record: record["jobs"]),
-        **{name: among(lambda record, name=name: record[name]) for name in ("device", "versions", "commit")},
-        "figures": "validation loss: the lowest while training; test perplexity: of those weights; over several seeds: "
-        "mean ± sample standard deviation. A seed sets the order of the rows, dropout and the adapter's first values.",
-    }
-    text = tables.markdown(runs, records, conditions, OmegaConf.to_yaml(OmegaConf.create(params)))
-    with atomic_output(out / TABLES) as file:
-        file.write_text(text, encoding="utf-8")
+def render(records: Records, conditions: dict) -> str:
+    """Return the tables in Markdown: the sweeps, the methods at their best rates, what failed, and the conditions."""
+    sweeps = ["| method | test perplexity by learning rate | best |", "|---|---|---|"]
+    table = [f"| method | learning rate | seeds | {' | '.join(COLUMNS)} |", "|---" * (3 + len(COLUMNS)) + "|"]
+    lora = {run.seed: COLUMNS["test perplexity"][0](records[run.key]) for run in done(finals("lora", records), records)}
+    for name in METHODS:
+        swept = done(sweep(name, records), records)
+        if not swept:
+            continue
+        rate = best_rate(name, records)
+        edge = " (at the edge)" * (rate in (swept[0].learning_rate, swept[-1].learning_rate))
+        cells = [f"{run.learning_rate:g}: {COLUMNS['test perplexity'][0](records[run.key]):.2f}" for run in swept]
+        sweeps.append(f"| {name} | {', '.join(cells)} | {rate:g}{edge} |")
+        runs = done(finals(name, records), records)
+        found = [dict(records[run.key]) for run in runs]
+        for run, record in zip(runs, found, strict=True):
+            if name != "lora" and run.seed in lora:  # paired: both runs have the same seed
+                record["beside_lora"] = 100 * (record["eval"]["tuned"]["perplexity"] / lora[run.seed] - 1)
+        cells = [spread([figure(record) for record in found], form) for figure, form in COLUMNS.values()]
+        table.append(f"| {name} | {rate:g} | {', '.join(str(run.seed) for run in runs)} | {' | '.join(cells)} |")
+    failed = [f"- {key}: `{record['error']}`" for key, record in records.items() if record["error"]]
+    facts = {key: ", ".join({str(record[key]): None for record in records.values()}) for key in ("device", "commit")}
+    facts |= {"base": conditions["base"], "corpus": conditions["corpus"]}
+    parts = ["# Methods, measured", "\n".join(sweeps), "\n".join(table)]
+    parts += ["## Failed\n\n" + "\n".join(failed)] * bool(failed)
+    return "\n\n".join([*parts, "\n".join(f"- {name}: {text}" for name, text in facts.items())]) + "\n"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Models of random weights and rows of random tokens: speed and memory depend on their sizes alone."""
+"""Models with random weights and random tokens: speed and memory depend only on their sizes."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ SIZES = {
 
 
 def model(folder: Path, size: str) -> Path:
-    """Return the folder of a model of that size below `folder`, written on first use."""
+    """Return the folder of a model of this size below `folder`; it is written at the first call."""
     target = folder / f"gpt2-{size}"
     if not target.exists():
         import torch
@@ -31,7 +31,7 @@ def model(folder: Path, size: str) -> Path:
 
 
 def tokens(folder: Path, base: Path, block_size: int, count: int) -> Path:
-    """Return a folder of token arrays for the model `base`: `count` rows to train on, and 10 % to validate."""
+    """Return a folder of token arrays for the model `base`: `count` rows for training, and 10 % for validation."""
     import numpy as np
 
     from gpt2lora.dataset import blocks
@@ -45,7 +45,7 @@ def tokens(folder: Path, base: Path, block_size: int, count: int) -> Path:
             for split, number in (("train", count), ("validation", -(-count // 10))):
                 ids = random.integers(0, vocabulary, (number, block_size + 1)).astype(dtype)
                 blocks.save_blocks(blocks.Blocks(ids, np.full(number, block_size + 1, np.int32)), new, split)
-    # Models of one vocabulary share the arrays; the stages want to know which of them they are for.
+    # Models with the same vocabulary share the arrays; the manifest names the one that is used now.
     manifest = {"block_size": block_size, "files": digests(target, "*.npy"), "base": digests(base), "raw": {}}
     (target / MANIFEST).write_text(json.dumps(manifest) + "\n")
     return target

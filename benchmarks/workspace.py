@@ -1,4 +1,4 @@
-"""A folder in which the stages run without DVC: its own params.yaml, data/ and metrics/."""
+"""A folder in which the stages run without DVC, with its own params.yaml, data/ and metrics/."""
 
 import hashlib
 import json
@@ -7,45 +7,38 @@ import platform
 import shutil
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from gpt2lora.pipeline.artifacts import digests, file_digest
 from gpt2lora.pipeline.cli import StageError
+from gpt2lora.pipeline.environment import package_versions
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
 def settings(items: tuple[str, ...]) -> dict[str, Any]:
-    """Return what `--set key=value` asks for, by dotted key; values are read as in params.yaml.
+    """Return the values of `--set key=value`, by dotted key, read as in params.yaml.
 
     Raises:
-        Stop: no key=value, or a key that params.yaml lacks: no stage would read it.
+        StageError: an item is not key=value, or params.yaml has no such key.
     """
     from omegaconf import OmegaConf
 
-    known, found = OmegaConf.to_container(OmegaConf.load(ROOT / "params.yaml")), {}
+    known, values = OmegaConf.load(ROOT / "params.yaml"), {}
     for item in items:
-        key, equals, value = item.partition("=")
-        if not (key and equals and value):
-            raise StageError(f"--set {item}: expected key=value, for instance train.epochs=1")
-        section = known
+        key, _, text = item.partition("=")
+        if not (key and text) or OmegaConf.select(known, key, default="absent") == "absent":
+            raise StageError(f"--set {item}: expected key=value, with a key of params.yaml, such as train.epochs=1")
         try:
-            asked = OmegaConf.to_container(OmegaConf.from_dotlist([item]))
-        except Exception as error:  # of PyYAML, whose own kinds OmegaConf lets through
+            values[key] = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
+        except Exception as error:  # OmegaConf passes on PyYAML's errors
             raise StageError(f"--set {item}: not a value of YAML: {error}") from error
-        for part in key.split("."):
-            if not isinstance(section, dict) or part not in section:
-                raise StageError(f"--set {item}: params.yaml has no {key}")
-            asked, section = asked[part], section[part]
-        found[key] = asked
-    return found
+    return values
 
 
-def write_params(folder: Path, values: dict[str, Any]) -> dict:
-    """Write the project's params.yaml, with `values` by dotted key, into `folder`; return all of them, nested."""
+def write_params(folder: Path, values: dict[str, Any]) -> None:
+    """Write the project's params.yaml, with `values` by dotted key, into `folder`."""
     from omegaconf import OmegaConf
 
     params = OmegaConf.load(ROOT / "params.yaml")
@@ -53,7 +46,6 @@ def write_params(folder: Path, values: dict[str, Any]) -> dict:
         OmegaConf.update(params, key, value)
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(params, folder / "params.yaml")
-    return OmegaConf.to_container(params)
 
 
 def empty(folder: Path) -> Path:
@@ -64,8 +56,8 @@ def empty(folder: Path) -> Path:
     return folder.resolve()
 
 
-def lay_out(folder: Path, values: dict[str, Any], **inputs: Path) -> None:
-    """Write params.yaml into `folder`, and links in its data/, by name, to what stages before have made."""
+def link_inputs(folder: Path, values: dict[str, Any], **inputs: Path) -> None:
+    """Write params.yaml into `folder`, and into its data/ links to the outputs of earlier stages, by name."""
     write_params(folder, values)
     (folder / "data").mkdir()
     for name, target in inputs.items():
@@ -73,17 +65,16 @@ def lay_out(folder: Path, values: dict[str, Any], **inputs: Path) -> None:
 
 
 def run_stage(name: str, folder: Path, shown: bool = False, **variables: str) -> str | None:
-    """Run a stage in `folder`; return None, or the last line that it printed where it failed.
+    """Run a stage in `folder`; return None, or its last line if it failed.
 
     Args:
-        shown: let it print to this process's own output instead of to `folder`/log.txt.
+        shown: print its output instead of writing it to `folder`/log.txt.
     """
     command = [sys.executable, "-m", f"stages.{name}"]
     with (folder / "log.txt").open("a+", encoding="utf-8", errors="replace") as log:
         output = None if shown else log
-        done = subprocess.run(
-            command, cwd=folder, env=surroundings() | variables, stdin=subprocess.DEVNULL, stdout=output, stderr=output
-        )
+        streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
+        done = subprocess.run(command, cwd=folder, env=environment_variables() | variables, **streams)
         if done.returncode == 0:
             return None
         log.seek(0)
@@ -91,8 +82,8 @@ def run_stage(name: str, folder: Path, shown: bool = False, **variables: str) ->
     return f"{name}: {lines[-1]}" if lines and not shown else f"{name}: exit code {done.returncode}"
 
 
-def surroundings() -> dict[str, str]:
-    """Return this process's environment, in which Python finds the project from any folder."""
+def environment_variables() -> dict[str, str]:
+    """Return the environment variables with which Python finds the project from any folder."""
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.getenv("PYTHONPATH")]))}
 
 
@@ -103,7 +94,7 @@ def fingerprint(path: Path) -> str:
 
 
 def cards() -> list[str]:
-    """Return what CUDA_VISIBLE_DEVICES says of each GPU that is there, or, without one, [""]."""
+    """Return the value of CUDA_VISIBLE_DEVICES for each GPU; [""] without one."""
     import torch
 
     visible = os.getenv("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
@@ -111,23 +102,16 @@ def cards() -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """Return on what the runs are made."""
+    """Return hardware, versions and commit."""
+    from gpt2lora.evaluation.report import SHOWN_VERSIONS
     from gpt2lora.model import device
 
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True) if shutil.which("git") else None
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    versions = ", ".join(f"{name} {version}" for name, version in package_versions().items() if name in SHOWN_VERSIONS)
+    name = device.device_name(device.pick_device())
     return {
-        "device": device.device_name(device.pick_device()),
-        "versions": ", ".join(
-            [f"Python {platform.python_version()}", *(f"{name} {installed(name)}" for name in PACKAGES)]
-        ),
-        "commit": commit.stdout.strip() if commit and commit.returncode == 0 else "not known",
+        "device": name,
+        "versions": f"Python {platform.python_version()}, {versions}",
+        "commit": commit or "unknown",
     }
-
-
-def installed(package: str) -> str:
-    """Return a package's version, where it came with one: a folder on PYTHONPATH may hold the code alone."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "of no known version"

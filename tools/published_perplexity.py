@@ -1,4 +1,4 @@
-"""The published figures of GPT-2 124M on WikiText-2: does this evaluation reproduce them?
+"""Compare the perplexities of GPT-2 124M on WikiText-2 with published ones (`make verify`).
 
 29.94    perplexity by the loop of transformers' documentation without overlap, and
 37.37    word perplexity by lm-evaluation-harness: https://github.com/huggingface/transformers/issues/13761;
@@ -39,7 +39,7 @@ TOLERANCE = 0.1
 )
 @click.option("--batch-size", type=click.IntRange(1), help="Windows read at once.  [default: as many as fit well]")
 def main(base: Path | None, text: Path | None, published: tuple[float, ...], batch_size: int | None) -> None:
-    """Score GPT-2 124M, untuned and in fp32, by each protocol with a published figure; fail where one is off by 0.1."""
+    """Score GPT-2 124M in fp32 by each protocol with a published perplexity; fail if one is off by more than 0.1."""
     preset = params.section("presets.gpt2", params.PresetParams)
     folder = base or hub.fetch_model(preset.model, preset.model_revision)
     content = read_text(text) if text else fetch_test(preset)
@@ -52,10 +52,11 @@ def main(base: Path | None, text: Path | None, published: tuple[float, ...], bat
         if not abs(value - expected) <= TOLERANCE:
             wrong.append(name)
     if wrong:
-        raise StageError(f"gate: off by more than {TOLERANCE}: {', '.join(wrong)}")
+        raise StageError(f"verify: off by more than {TOLERANCE}: {', '.join(wrong)}")
 
 
 def fetch_test(preset: params.PresetParams) -> str:
+    """Return the raw test split from the hub."""
     rows = hub.fetch_dataset(preset.dataset, preset.dataset_config, preset.dataset_revision)["test"]
     return "".join(map(restore_line, rows))
 
@@ -66,21 +67,21 @@ def measure(base: Path, text: str, batch_size: int | None) -> dict[str, float]:
     tokenizer = load_tokenizer(base)
     context = choose_block_size(None, config)
     end = end_of_text_id(base, config, tokenizer)
-    echo("gate: loading torch and transformers")
+    echo("verify: loading torch and transformers")
     import torch
 
     from gpt2lora.model.loading import load_base
     from gpt2lora.scoring.log_likelihood import score_windows
 
-    network = load_base(base, None, torch.float32)
+    model = load_base(base, None, torch.float32)
     measured = {}
-    for name, figure, task in (
+    for name, metric, task in (
         (f"hf, stride {context}", "perplexity", protocols.hf_task(text, tokenizer, context, context)),
         (f"hf, stride {context // 2}", "perplexity", protocols.hf_task(text, tokenizer, context, context // 2)),
         ("lm-eval, by words", "word_perplexity", protocols.lm_eval_task(text, tokenizer, end, context)),
     ):
-        found = score_windows(network, task.windows, batch_size, torch.float32, name)
-        measured[name] = compute_metrics(found, task)[figure]
+        scores = score_windows(model, task.windows, batch_size, torch.float32, name)
+        measured[name] = compute_metrics(scores, task)[metric]
     return measured
 
 

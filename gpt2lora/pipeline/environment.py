@@ -69,7 +69,7 @@ def describe_run(started: float, **facts) -> dict:
         "gpu": torch.cuda.get_device_name() if gpu_used else None,
         "cuda": torch.version.cuda if gpu_used else None,
         "python": platform.python_version(),
-        "versions": _package_versions(),
+        "versions": package_versions(),
     }
 
 
@@ -99,7 +99,8 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _package_versions() -> dict[str, str | None]:
+def package_versions() -> dict[str, str | None]:
+    """Return the version of each of PACKAGES, None if it is not installed."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}
