@@ -47,7 +47,8 @@ def main(folder: Path, text: Path, stride: int, count: int | None, precision: st
     windows = sliding_windows([ids], context, stride)
     target = device.pick_device()
     dtype = device.compute_dtype(precision, target)
-    echo(f"{len(ids):,} tokens, {len(windows)} windows of {context}; {device.device_name(target)}\n")
+    name = device.device_name(target)
+    echo(f"{len(ids):,} tokens, {len(windows)} windows of {context} at a stride of {stride}; {name}\n")
     ours = measure(target, *our_evaluation(folder, windows, dtype), len(windows))
     loop = measure(target, *documentation_loop(folder, ids, context, stride, target))
     echo(f"{'':14}{'windows/s':>12}{'peak memory, GB':>18}{'perplexity':>14}")
@@ -108,7 +109,7 @@ def measure(device, warm_up: Callable, work: Callable, windows: int) -> tuple[fl
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     started = time.perf_counter()
     loss = work()
-    seconds = time.perf_counter() - started  # `work` returned a number, so the device has finished
+    seconds = time.perf_counter() - started
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
     else:

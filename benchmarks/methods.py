@@ -29,7 +29,6 @@ from gpt2lora.pipeline.artifacts import atomic_output
 from gpt2lora.pipeline.cli import StageError, command, echo
 
 QLORA = {"method": "qlora", "methods.qlora.bits": 4, "methods.qlora.quant_type": "nf4"}
-INT8 = {"method": "qlora", "methods.qlora.bits": 8, "methods.qlora.double_quant": False}
 METHODS: dict[str, dict[str, Any]] = {  # what differs from params.yaml; method is lora where nothing else is said
     "lora": {},
     **{f"lora-r{r}": {"lora.r": r, "lora.alpha": 2 * r} for r in (8, 32, 64, 128)},
@@ -37,7 +36,7 @@ METHODS: dict[str, dict[str, Any]] = {  # what differs from params.yaml; method 
     "full": {"method": "full"},
     "qlora-nf4": QLORA,
     "qlora-fp4": QLORA | {"methods.qlora.quant_type": "fp4"},
-    "qlora-8bit": INT8,
+    "qlora-8bit": QLORA | {"methods.qlora.bits": 8, "methods.qlora.double_quant": False},
     "qlora-loftq": QLORA | {"lora.init": "loftq"},
     "lora-dropout-0": {"lora.dropout": 0.0},
     "lora-attention": {"lora.target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},  # of Gemma and Llama

@@ -139,11 +139,11 @@ def compare_models(exported: Path, base: Path, adapter: Path, sample: "Blocks") 
     from gpt2lora.training.loss import IGNORE_INDEX, make_batch
 
     tuned = loading.load_tuned(base, adapter, torch.float32).eval()
-    place = next(tuned.parameters()).device
-    reloaded = loading.load_fp32(exported, exported).to(place).eval()
+    device = next(tuned.parameters()).device
+    reloaded = loading.load_fp32(exported, exported).to(device).eval()
     differences, sizes, sums = [], [], np.zeros(2)
     for row in range(len(sample)):  # one at a time: the logits of a GPT-2 row take 0.2 GB
-        inputs, targets = make_batch(sample, np.array([row]), place)
+        inputs, targets = make_batch(sample, np.array([row]), device)
         with torch.no_grad():
             logits, expected = (network(input_ids=inputs, use_cache=False).logits[0] for network in (reloaded, tuned))
         differences.append(float((logits - expected).abs().max()))

@@ -75,11 +75,11 @@ def train(model: GPT2LMHeadModel, stream: torch.Tensor, seed: int) -> None:
     order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed)).split(BATCH_SIZE)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=WEIGHT_DECAY, fused=True)
     warmup = math.ceil(WARMUP * len(order))
-    for step, places in enumerate(tqdm(order, "base", unit="step", leave=False), start=1):
+    for step, rows in enumerate(tqdm(order, "base", unit="step", leave=False), start=1):
         decay = 0.5 * (1 + math.cos(math.pi * max(0, step - 1 - warmup) / (len(order) - warmup)))
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(step / warmup, decay)
-        logits = model(input_ids=blocks[places, :-1], use_cache=False).logits
-        F.cross_entropy(logits.flatten(0, 1), blocks[places, 1:].flatten()).backward()
+        logits = model(input_ids=blocks[rows, :-1], use_cache=False).logits
+        F.cross_entropy(logits.flatten(0, 1), blocks[rows, 1:].flatten()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
         optimizer.step()
         optimizer.zero_grad()

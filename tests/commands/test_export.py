@@ -1,4 +1,4 @@
-"""export: a plain transformers folder that computes what was trained, whatever it was trained on."""
+"""The command export: a plain transformers folder with the outputs of the tuned model, for every kind of base."""
 
 import json
 import os
@@ -32,15 +32,15 @@ FP4 = QuantizationParams(bits=4, quant_type="fp4", double_quant=False)
 INT8 = QuantizationParams(bits=8, quant_type="nf4", double_quant=False)
 VARIANTS = {"plain": {}, "dora": {"use_dora": True}, "rslora": {"use_rslora": True}, "8 bits": {"bits": 8}}
 of_each_base = pytest.mark.parametrize("base", ["gpt2", "llama"])
-FIGURES = re.compile(
+COMPARISON = re.compile(
     r"loss (?P<loss>\S+) nats/token, as tuned (?P<tuned>\S+), difference (?P<change>[+-]\S+); "
     r"logits differ by at most (?P<logits>[^\s,]+)"
 )
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory, tiny_corpus):
-    """Two bases with weights so large that a wrong matrix shows: gpt2 (Conv1D) and llama (nn.Linear)."""
+def bases(tmp_path_factory, tiny_corpus):
+    """A folder with two base models: gpt2 (Conv1D) and llama (nn.Linear), with large weights, so that errors show."""
     folder = tmp_path_factory.mktemp("export")
     tiny.write_model(folder / "gpt2", tiny_corpus, spread=0.1)
     torch.manual_seed(0)
@@ -60,31 +60,32 @@ def workplace(tmp_path_factory, tiny_corpus):
 
 
 @pytest.fixture(autouse=True)
-def inside(workplace, tmp_path, monkeypatch):
-    """An empty folder with the two bases."""
+def inside_a_folder(bases, tmp_path, monkeypatch):
+    """Change to a new folder that holds the two bases."""
     monkeypatch.chdir(tmp_path)
     for base in ("gpt2", "llama"):
-        Path(base).symlink_to(workplace / base)
+        Path(base).symlink_to(bases / base)
 
 
-def run(base: str, *arguments, exit_code: int = 0) -> str:
+def run_export(base: str, *arguments, exit_code: int = 0) -> str:
     command = ["--base", base, "--adapter", "adapter", "--out", "out", *map(str, arguments)]
     result = CliRunner().invoke(export.main, command, catch_exceptions=False)
     assert result.exit_code == exit_code, result.output
     return result.output
 
 
-def refusal(base: str, *arguments) -> str:
-    """Return the one line of an export that fails and leaves nothing."""
+def error_line(base: str, *arguments) -> str:
+    """Run an export that must fail and write nothing; return its error line."""
     before = set(os.listdir())
-    line = run(base, *arguments, exit_code=1).splitlines()[-1]
+    line = run_export(base, *arguments, exit_code=1).splitlines()[-1]
     assert line.startswith("Error: ")
     assert set(os.listdir()) == before
     return line.removeprefix("Error: ")
 
 
-def figures(output: str) -> dict[str, float]:
-    return {name: float(value) for name, value in FIGURES.search(output).groupdict().items()}
+def comparison(output: str) -> dict[str, float]:
+    """Return the losses and differences that export printed."""
+    return {name: float(value) for name, value in COMPARISON.search(output).groupdict().items()}
 
 
 def logits(network) -> torch.Tensor:
@@ -92,114 +93,114 @@ def logits(network) -> torch.Tensor:
         return network.eval()(input_ids=IDS, use_cache=False).logits
 
 
-def exported():
+def load_exported():
     return AutoModelForCausalLM.from_pretrained("out")
 
 
-def tuned(base: str):
+def load_tuned(base: str):
     return loading.load_tuned(Path(base), Path("adapter"), torch.float32)
 
 
-def matrices(network) -> dict[str, torch.Tensor]:
-    """Return the weights that have an adapter as (out, in)."""
+def adapted_weights(network) -> dict[str, torch.Tensor]:
+    """Return the weights that have an adapter, each as (out, in)."""
     transposed = lora.is_fan_in_fan_out(network)
     return {name: layer.weight.T if transposed else layer.weight for name, layer in lora.linear_layers(network).items()}
 
 
-def update(name: str) -> torch.Tensor:
-    """Return what the adapter adds to a weight (out, in): alpha / r times B A."""
+def adapter_update(name: str) -> torch.Tensor:
+    """Return what the adapter adds to a weight, (out, in): alpha / r times B A."""
     values = load_file("adapter/adapter_model.safetensors")
     a, b = (values[f"base_model.model.{name}.lora_{factor}.weight"] for factor in "AB")
     return 8 / 4 * b @ a
 
 
-# What is computed
+# The weights
 
 
 @of_each_base
 @pytest.mark.parametrize("quantization", [None, NF4, FP4], ids=["float", "nf4", "fp4"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_export_computes_what_was_trained(base, quantization, variant):
+def test_the_export_has_the_outputs_of_the_tuned_model(base, quantization, variant):
     tiny.write_adapter(Path("adapter"), Path(base), quantization, **VARIANTS[variant])
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*fan_in_fan_out")
-        run(base)
-    expected = logits(tuned(base))
-    torch.testing.assert_close(logits(exported()), expected, rtol=0, atol=1e-4)
+        run_export(base)
+    expected = logits(load_tuned(base))
+    torch.testing.assert_close(logits(load_exported()), expected, rtol=0, atol=1e-4)
     assert (logits(AutoModelForCausalLM.from_pretrained(base)) - expected).abs().max() > 1
 
 
-def test_a_lora_export_is_what_peft_computes_without_our_code():
+def test_the_export_of_lora_has_the_outputs_of_peft_itself():
     tiny.write_adapter(Path("adapter"), Path("gpt2"))
-    run("gpt2", "--onto", "original")
+    run_export("gpt2", "--onto", "original")
     expected = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("gpt2"), "adapter"))
-    torch.testing.assert_close(logits(exported()), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(logits(load_exported()), expected, rtol=0, atol=1e-4)
 
 
 @of_each_base
-def test_eight_bit_weights_are_the_stored_integers_times_their_scales(base):
+def test_8_bit_weights_are_exported_as_integers_times_scales(base):
     tiny.write_adapter(Path("adapter"), Path(base), INT8)
-    output = run(base)
+    output = run_export(base)
     quantized = loading.load_base(Path(base), INT8, torch.float32)
-    found = matrices(exported())
-    assert len(found) == (8 if base == "gpt2" else 14)
-    for name, weight in found.items():
+    weights = adapted_weights(load_exported())
+    assert len(weights) == (8 if base == "gpt2" else 14)
+    for name, weight in weights.items():
         layer = quantized.get_submodule(name)
-        expected = layer.weight.data * (layer.state.SCB / 127)[:, None] + update(name)
+        expected = layer.weight.data * (layer.state.SCB / 127)[:, None] + adapter_update(name)
         torch.testing.assert_close(weight, expected, rtol=0, atol=1e-6, msg=name)
-    expected = logits(tuned(base))
-    assert (logits(exported()) - expected).abs().max() < 0.05 * expected.abs().max()
+    expected = logits(load_tuned(base))
+    assert (logits(load_exported()) - expected).abs().max() < 0.05 * expected.abs().max()
     assert "(the tuned model rounds activations to 8 bits)" in output
-    assert abs(figures(output)["change"]) < 0.01
+    assert abs(comparison(output)["change"]) < 0.01
 
 
 @of_each_base
 @pytest.mark.parametrize("quantization", [NF4, INT8], ids=["nf4", "int8"])
-def test_the_original_base_takes_the_update_and_the_loss_tells_the_difference(base, quantization):
+def test_onto_original_adds_the_update_to_the_float_weights(base, quantization):
     tiny.write_adapter(Path("adapter"), Path(base), quantization)
-    output = run(base, "--onto", "original")
-    originals = matrices(AutoModelForCausalLM.from_pretrained(base))
-    for name, weight in matrices(exported()).items():
-        torch.testing.assert_close(weight, originals[name] + update(name), rtol=0, atol=1e-6, msg=name)
+    output = run_export(base, "--onto", "original")
+    originals = adapted_weights(AutoModelForCausalLM.from_pretrained(base))
+    for name, weight in adapted_weights(load_exported()).items():
+        torch.testing.assert_close(weight, originals[name] + adapter_update(name), rtol=0, atol=1e-6, msg=name)
     assert "qlora on the original base" in output
-    assert figures(output)["logits"] > 1e-2
-    assert figures(output)["change"] != 0
+    assert comparison(output)["logits"] > 1e-2
+    assert comparison(output)["change"] != 0
 
 
-def test_what_has_no_adapter_is_the_base_s_to_the_bit():
+def test_weights_without_an_adapter_are_those_of_the_base():
     tiny.write_adapter(Path("adapter"), Path("gpt2"), NF4)
-    run("gpt2")
-    found, base = load_file("out/model.safetensors"), load_file("gpt2/model.safetensors")
-    assert set(found) == set(base)
-    assert {value.dtype for value in found.values()} == {torch.float32}
-    adapted = {f"{name}.weight" for name in lora.linear_layers(exported())}
-    assert {name for name in base if torch.equal(found[name], base[name])} == set(base) - adapted
+    run_export("gpt2")
+    exported, base = load_file("out/model.safetensors"), load_file("gpt2/model.safetensors")
+    assert set(exported) == set(base)
+    assert {value.dtype for value in exported.values()} == {torch.float32}
+    adapted = {f"{name}.weight" for name in lora.linear_layers(load_exported())}
+    assert {name for name in base if torch.equal(exported[name], base[name])} == set(base) - adapted
 
 
-def test_a_model_that_was_trained_whole():
+def test_a_fully_trained_model_is_exported_unchanged():
     network = loading.load_base(Path("gpt2"), None, torch.float32)
     with torch.no_grad():
         network.transformer.h[0].mlp.c_fc.weight += 0.1
     network.save_pretrained("adapter")
     loading.write_method(Path("adapter"), "full", None, Path("gpt2"))
-    assert "all weights: loss" in run("gpt2")
-    assert contents("out", "model.safetensors") == contents("adapter", "model.safetensors")
-    torch.testing.assert_close(logits(exported()), logits(tuned("gpt2")), rtol=0, atol=1e-4)
+    assert "all weights: loss" in run_export("gpt2")
+    assert file_bytes("out", "model.safetensors") == file_bytes("adapter", "model.safetensors")
+    torch.testing.assert_close(logits(load_exported()), logits(load_tuned("gpt2")), rtol=0, atol=1e-4)
     check_files("gpt2")
 
 
-# What is written
+# The files
 
 
 @of_each_base
 @pytest.mark.parametrize("quantization", [None, NF4], ids=["float", "nf4"])
-def test_the_folder_is_the_base_s_but_for_the_weights(base, quantization):
+def test_all_files_but_the_weights_are_those_of_the_base(base, quantization):
     tiny.write_adapter(Path("adapter"), Path(base), quantization)
-    run(base)
+    run_export(base)
     check_files(base)
 
 
-def contents(folder: str, name: str) -> bytes:
+def file_bytes(folder: str, name: str) -> bytes:
     return Path(folder, name).read_bytes()
 
 
@@ -207,9 +208,9 @@ def check_files(base: str) -> None:
     names = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert set(os.listdir("out")) == names
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        assert contents("out", name) == contents(base, name)
-    assert json.loads(contents("out", "config.json")) == json.loads(contents(base, "config.json"))
-    assert "gelu_new" in contents("out", "config.json").decode() or base == "llama"
+        assert file_bytes("out", name) == file_bytes(base, name)
+    assert json.loads(file_bytes("out", "config.json")) == json.loads(file_bytes(base, "config.json"))
+    assert "gelu_new" in file_bytes("out", "config.json").decode() or base == "llama"
     text = " the river reached the coast . "
     assert AutoTokenizer.from_pretrained("out")(text) == AutoTokenizer.from_pretrained(base)(text)
 
@@ -219,45 +220,44 @@ def test_a_base_in_half_precision_is_exported_in_fp32():
     for file in Path("gpt2").glob("tokenizer*"):
         Path("half", file.name).write_bytes(file.read_bytes())
     tiny.write_adapter(Path("adapter"), Path("half"))
-    run("half")
-    assert json.loads(contents("out", "config.json"))["dtype"] == "float32"
+    run_export("half")
+    assert json.loads(file_bytes("out", "config.json"))["dtype"] == "float32"
     assert {value.dtype for value in load_file("out/model.safetensors").values()} == {torch.float32}
 
 
 def test_an_empty_folder_is_filled():
     tiny.write_adapter(Path("adapter"), Path("gpt2"))
     Path("out").mkdir()
-    run("gpt2")
+    run_export("gpt2")
     check_files("gpt2")
 
 
-# What is said
+# The output
 
 
 @pytest.mark.parametrize("onto", ["original", "dequantized"])
-def test_the_figures_are_those_of_the_validation_split(onto):
+def test_the_printed_losses_are_those_of_the_validation_split(onto):
     tiny.write_adapter(Path("adapter"), Path("gpt2"), NF4)
     random = np.random.default_rng(1)
     split = blocks.pack_blocks(random.integers(300, size=10 * 32, dtype=np.uint16), 32, 0)
     Path("tokens").mkdir()
     blocks.save_blocks(split, Path("tokens"), "validation")
-    output = run("gpt2", "--onto", onto, "--tokens", "tokens")
+    output = run_export("gpt2", "--onto", onto, "--tokens", "tokens")
     first = blocks.Blocks(split.ids[:8], split.lengths[:8])
     assert f"on {first.targets} tokens of the validation split" in output
-    losses = [
-        log_likelihood.validation_loss(network, first, 3, torch.float32, "") for network in (exported(), tuned("gpt2"))
-    ]
-    found = figures(output)
-    assert [found["loss"], found["tuned"]] == pytest.approx(losses, abs=6e-5)
-    assert found["change"] == pytest.approx(losses[0] - losses[1], abs=2e-6)
+    exported, tuned = load_exported(), load_tuned("gpt2")
+    losses = [log_likelihood.validation_loss(network, first, 3, torch.float32, "") for network in (exported, tuned)]
+    printed = comparison(output)
+    assert [printed["loss"], printed["tuned"]] == pytest.approx(losses, abs=6e-5)
+    assert printed["change"] == pytest.approx(losses[0] - losses[1], abs=2e-6)
     inputs, _ = loss.make_batch(first, np.arange(8), torch.device("cpu"))
     with torch.no_grad():
-        expected, ours = (network(input_ids=inputs).logits for network in (tuned("gpt2").eval(), exported().eval()))
-    difference = float((expected - ours).abs().max())
-    assert found["logits"] == pytest.approx(difference, rel=0.05 if onto == "original" else 1, abs=1e-5)
+        exported_logits, tuned_logits = (network.eval()(input_ids=inputs).logits for network in (exported, tuned))
+    difference = float((exported_logits - tuned_logits).abs().max())
+    assert printed["logits"] == pytest.approx(difference, rel=0.05 if onto == "original" else 1, abs=1e-5)
 
 
-def test_nothing_but_its_own_lines_on_a_terminal():
+def test_export_prints_three_lines_and_no_warnings():
     tiny.write_adapter(Path("adapter"), Path("gpt2"), NF4)
     command = [sys.executable, "-m", "gpt2lora", "export", "--base", "gpt2", "--adapter", "adapter", "--out", "out"]
     environment = tiny.environment() | {"PYTHONPATH": str(tiny.ROOT)}
@@ -267,71 +267,70 @@ def test_nothing_but_its_own_lines_on_a_terminal():
     assert [line.partition(" ")[0] for line in done.stdout.splitlines()] == ["export:"] * 3
 
 
-# What is refused
+# Errors
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_a_float_base_is_not_dequantized(method):
+def test_onto_dequantized_is_refused_for_a_float_base(method):
     tiny.write_adapter(Path("adapter"), Path("gpt2"))
     loading.write_method(Path("adapter"), method, None, Path("gpt2"))
-    assert refusal("gpt2", "--onto", "dequantized").startswith("--onto dequantized: the adapter was trained on a float")
+    line = error_line("gpt2", "--onto", "dequantized")
+    assert line.startswith("--onto dequantized: the adapter was trained on a float")
 
 
-def test_a_folder_that_holds_something_is_not_touched():
+def test_a_folder_with_files_is_refused_and_kept():
     Path("out").mkdir()
     Path("out", "mine").write_text("mine")
-    assert refusal("gpt2") == "out exists and is not an empty folder: name a new one"
+    assert error_line("gpt2") == "out exists and is not an empty folder: name a new one"
     assert os.listdir("out") == ["mine"]
 
 
-def test_a_file_is_not_replaced():
+def test_a_file_is_refused_and_kept():
     Path("out").write_text("mine")
-    assert refusal("gpt2") == "out exists and is not an empty folder: name a new one"
+    assert error_line("gpt2") == "out exists and is not an empty folder: name a new one"
     assert Path("out").read_text() == "mine"
 
 
-def test_no_adapter():
-    assert refusal("gpt2").startswith("adapter/method.json is missing: run `dvc repro train`")
+def test_a_missing_adapter_is_refused():
+    assert error_line("gpt2").startswith("adapter/method.json is missing: run `dvc repro train`")
 
 
-def test_a_pickled_adapter():
+def test_a_pickled_adapter_is_refused():
     tiny.write_adapter(Path("adapter"), Path("gpt2"))
     torch.save(load_file("adapter/adapter_model.safetensors"), "adapter/adapter_model.bin")
     Path("adapter/adapter_model.safetensors").unlink()
-    assert refusal("gpt2").startswith("adapter/adapter_model.safetensors is missing: run `dvc repro train`")
+    assert error_line("gpt2").startswith("adapter/adapter_model.safetensors is missing: run `dvc repro train`")
 
 
 @pytest.mark.parametrize("other", ["llama", "wide"])
-def test_an_adapter_of_another_base(other):
+def test_an_adapter_of_another_base_is_refused(other):
     GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=64, n_layer=2, n_embd=128, n_head=2)).save_pretrained("wide")
     tiny.write_adapter(Path("adapter"), Path("gpt2"))
-    assert refusal(other).startswith(
+    assert error_line(other).startswith(
         f"{other}/model.safetensors is damaged, or not the one that adapter/method.json rec"
     )
     with pytest.raises(StageError, match=r"^adapter does not fit the base, was it trained on another\? "):
         lora.load_adapter(loading.load_base(Path(other), None, torch.float32), Path("adapter"))
 
 
-def test_no_base():
+def test_a_missing_base_is_refused():
     tiny.write_adapter(Path("adapter"), Path("gpt2"))
-    assert refusal("nowhere").startswith("nowhere/model.safetensors is missing: run `dvc repro base`")
+    assert error_line("nowhere").startswith("nowhere/model.safetensors is missing: run `dvc repro base`")
 
 
-def test_a_merge_that_is_not_what_was_trained(monkeypatch):
+def test_an_export_that_differs_from_the_tuned_model_is_refused(monkeypatch):
     tiny.write_adapter(Path("adapter"), Path("gpt2"), NF4)
-    monkeypatch.setattr(
-        quantization_module, "dequantize_into", lambda *_: None
-    )  # the original base in place of what was trained
-    assert re.match(
-        r"export: not the model that was trained: a logit differs by \S+, less than \S+ was", refusal("gpt2")
-    )
+    # Without it, the adapter is merged into the original base.
+    monkeypatch.setattr(quantization_module, "dequantize_into", lambda *_: None)
+    expected = r"export: not the model that was trained: a logit differs by \S+, less than \S+ was"
+    assert re.match(expected, error_line("gpt2"))
 
 
 @pytest.mark.parametrize("onto", ["original", "dequantized"])
-def test_an_adapter_that_is_not_finite(onto):
+def test_an_adapter_with_nan_is_refused(onto):
     tiny.write_adapter(Path("adapter"), Path("gpt2"), NF4)
     values = load_file("adapter/adapter_model.safetensors")
     values[min(values)][0, 0] = float("nan")
     save_file(values, "adapter/adapter_model.safetensors", metadata={"format": "pt"})
     loading.write_method(Path("adapter"), "qlora", NF4, Path("gpt2"))
-    assert refusal("gpt2", "--onto", onto).startswith("export: not the model that was trained")
+    assert error_line("gpt2", "--onto", onto).startswith("export: not the model that was trained")

@@ -1,4 +1,4 @@
-"""Pictures: the plots of dvc.yaml, the same bytes for the same table, all of it in view and no text on another."""
+"""Pictures of the plots in dvc.yaml: columns, colors, layout, and the same bytes at every run."""
 
 import csv
 import math
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 import yaml
-from pictures import check_layout, share, watched
+from pictures import check_layout, color_share, record_axes
 from PIL import Image
 
 from gpt2lora.evaluation import plots
@@ -19,22 +19,22 @@ LOSS = ("step", "tokens", "train_loss", "validation_loss", "learning_rate", "gra
 POSITIONS = ("position", "tokens", "base_loss", "tuned_loss", "base_accuracy", "tuned_accuracy")
 
 
-def write(file: Path, columns: tuple[str, ...], rows: list[tuple]) -> Path:
+def write_table(file: Path, columns: tuple[str, ...], rows: list[tuple]) -> Path:
     with file.open("w", newline="") as stream:
         csv.writer(stream).writerows([columns, *rows])
     return file
 
 
-def curve(rows: int, step: int = 85, tokens: int = 8192) -> list[tuple]:
-    """Rows of loss.csv as a run might leave them."""
+def loss_rows(rows: int, step: int = 85, tokens: int = 8192) -> list[tuple]:
+    """Return rows of loss.csv, as of a run."""
     return [
         (n * step, n * step * tokens, 3 + 2 / n, 3.1 + 1.9 / n, 1e-3 * (1 - n / rows), 1 + math.sin(n))
         for n in range(1, rows + 1)
     ]
 
 
-def places(rows: int, width: int = 32) -> list[tuple]:
-    """Rows of positions.csv."""
+def position_rows(rows: int, width: int = 32) -> list[tuple]:
+    """Return rows of positions.csv."""
     return [
         (1 + n * width, 900, 3.4 + 3 / (n + 1), 3.1 + 2 / (n + 1), 0.4 - 0.1 / (n + 1), 0.45 - 0.1 / (n + 1))
         for n in range(rows)
@@ -43,22 +43,24 @@ def places(rows: int, width: int = 32) -> list[tuple]:
 
 @pytest.fixture
 def tables(tmp_path) -> dict[tuple, Path]:
+    """The table of each group of plots."""
     return {
-        plots.TRAINING_PLOTS: write(tmp_path / "loss.csv", LOSS, curve(10)),
-        plots.TEST_PLOTS: write(tmp_path / "positions.csv", POSITIONS, places(32)),
+        plots.TRAINING_PLOTS: write_table(tmp_path / "loss.csv", LOSS, loss_rows(10)),
+        plots.TEST_PLOTS: write_table(tmp_path / "positions.csv", POSITIONS, position_rows(32)),
     }
 
 
-def drawn(tables: dict[tuple, Path], folder: Path) -> dict[str, bytes]:
-    for wanted, table in tables.items():
-        plots.draw_plots(wanted, table, folder)
+def draw_all(tables: dict[tuple, Path], folder: Path) -> dict[str, bytes]:
+    """Draw all plots; return the bytes of each picture by name."""
+    for group, table in tables.items():
+        plots.draw_plots(group, table, folder)
     return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
 
 
 # What is drawn
 
 
-def test_every_plot_of_dvc_yaml_is_a_picture_of_the_same_columns_and_words(tables, tmp_path):
+def test_pictures_show_the_columns_and_labels_of_dvc_yaml(tables, tmp_path):
     pipeline = yaml.safe_load((tiny.ROOT / "dvc.yaml").read_text())
     expected = {}
     for entry in pipeline["plots"]:
@@ -73,44 +75,43 @@ def test_every_plot_of_dvc_yaml_is_a_picture_of_the_same_columns_and_words(table
     expected["gradient norm"] += (plot["title"], plot["x_label"], plot["y_label"])
     assert {
         plot.name: (f"metrics/{table.name}", plot.x, plot.y, plot.title, plot.x_label, plot.y_label)
-        for wanted, table in tables.items()
-        for plot in wanted
+        for group, table in tables.items()
+        for plot in group
     } == expected
 
     declared = {name for stage in pipeline["stages"].values() for entry in stage.get("plots", []) for name in entry}
-    assert {f"metrics/plots/{name}" for name in drawn(tables, tmp_path / "plots")} == {
+    assert {f"metrics/plots/{name}" for name in draw_all(tables, tmp_path / "plots")} == {
         name for name in declared if name.endswith(".png")
     }
 
 
-def test_base_and_tuned_have_their_colours_and_no_other_line_has_them(tables, tmp_path):
-    drawn(tables, tmp_path / "plots")
+def test_only_base_and_tuned_lines_have_their_colors(tables, tmp_path):
+    draw_all(tables, tmp_path / "plots")
     for plot in (*plots.TRAINING_PLOTS, *plots.TEST_PLOTS):
         with Image.open(tmp_path / "plots" / plot.file) as picture:
             assert picture.size == (800, 450)
-            for colour in (plots.BASE_COLOR, plots.TUNED_COLOR):
-                assert (share(picture, colour) > 0.001) == (plot in plots.TEST_PLOTS), (plot.name, colour)
+            for color in (plots.BASE_COLOR, plots.TUNED_COLOR):
+                assert (color_share(picture, color) > 0.001) == (plot in plots.TEST_PLOTS), (plot.name, color)
 
 
 @pytest.mark.parametrize(
-    ("wanted", "columns", "rows"),
+    ("group", "columns", "rows"),
     [
-        (plots.TRAINING_PLOTS, LOSS, curve(10)),
-        (plots.TRAINING_PLOTS, LOSS, curve(1)),
-        (plots.TRAINING_PLOTS, LOSS, curve(10, step=1, tokens=7)),
-        (plots.TRAINING_PLOTS, LOSS, curve(200, step=5000, tokens=65536)),
+        (plots.TRAINING_PLOTS, LOSS, loss_rows(10)),
+        (plots.TRAINING_PLOTS, LOSS, loss_rows(1)),
+        (plots.TRAINING_PLOTS, LOSS, loss_rows(10, step=1, tokens=7)),
+        (plots.TRAINING_PLOTS, LOSS, loss_rows(200, step=5000, tokens=65536)),
         (plots.TRAINING_PLOTS, LOSS, [(5, 100, 1e-4, 1e-4, 1e-7, 1e-9), (10, 200, 1e5, 1e6, 1e-8, 1e7)]),
-        (plots.TEST_PLOTS, POSITIONS, places(32)),
-        (plots.TEST_PLOTS, POSITIONS, places(1)),
-        (plots.TEST_PLOTS, POSITIONS, places(32, width=4096)),
+        (plots.TEST_PLOTS, POSITIONS, position_rows(32)),
+        (plots.TEST_PLOTS, POSITIONS, position_rows(1)),
+        (plots.TEST_PLOTS, POSITIONS, position_rows(32, width=4096)),
     ],
 )
-def test_all_texts_are_in_view_and_none_covers_another(tmp_path, monkeypatch, wanted, columns, rows):
-    seen: list = []
-    with watched(monkeypatch, seen):
-        plots.draw_plots(wanted, write(tmp_path / "table.csv", columns, rows), tmp_path)
-    assert len(seen) == len(wanted)
-    for axes in seen:
+def test_all_texts_are_in_view_and_none_overlap(tmp_path, monkeypatch, group, columns, rows):
+    with record_axes(monkeypatch) as drawn:
+        plots.draw_plots(group, write_table(tmp_path / "table.csv", columns, rows), tmp_path)
+    assert len(drawn) == len(group)
+    for axes in drawn:
         check_layout(axes)
 
 
@@ -118,16 +119,16 @@ def test_all_texts_are_in_view_and_none_covers_another(tmp_path, monkeypatch, wa
     ("count", "expected"),
     [(0, "0"), (500, "500"), (1000, "1k"), (2500, "2.5k"), (20_000, "20k"), (1.5e6, "1.5M"), (2e9, "2G")],
 )
-def test_counts_on_an_axis_are_short(count, expected):
+def test_tick_labels_of_large_counts_are_short(count, expected):
     assert plots.short_number(count) == expected
 
 
-# The same bytes
+# Reproducible
 
 
-def test_the_same_table_gives_the_same_bytes_whatever_the_user_set_up(tables, tmp_path):
-    first = drawn(tables, tmp_path / "first")
-    assert drawn(tables, tmp_path / "again") == first
+def test_pictures_do_not_depend_on_the_users_settings(tables, tmp_path):
+    first = draw_all(tables, tmp_path / "first")
+    assert draw_all(tables, tmp_path / "again") == first
     rc = tmp_path / "matplotlibrc"
     rc.write_text("font.size: 30\naxes.facecolor: black\nlines.linewidth: 9\nsavefig.dpi: 300\n")
     code = (
@@ -140,27 +141,27 @@ def test_the_same_table_gives_the_same_bytes_whatever_the_user_set_up(tables, tm
     assert {file.name: file.read_bytes() for file in sorted((tmp_path / "other").iterdir())} == first
 
 
-def test_no_date_and_no_version_stands_in_a_picture(tables, tmp_path):
-    drawn(tables, tmp_path / "plots")
+def test_a_picture_holds_no_date_and_no_version(tables, tmp_path):
+    draw_all(tables, tmp_path / "plots")
     for file in (tmp_path / "plots").iterdir():
         with Image.open(file) as picture:
             picture.load()
             assert set(picture.info) == {"dpi"}
 
 
-def test_matplotlib_s_settings_stay_the_caller_s(tables, tmp_path):
+def test_drawing_keeps_the_callers_matplotlib_settings(tables, tmp_path):
     import matplotlib
 
     with matplotlib.rc_context({"font.size": 5, "axes.spines.top": True}):
-        drawn(tables, tmp_path / "plots")
+        draw_all(tables, tmp_path / "plots")
         assert matplotlib.rcParams["font.size"] == 5
         assert matplotlib.rcParams["axes.spines.top"] is True
 
 
-# What it costs, and what it says
+# Importing matplotlib
 
 
-def test_matplotlib_is_loaded_where_it_draws_and_nowhere_else():
+def test_importing_stages_and_commands_loads_no_matplotlib():
     code = (
         "import sys; from stages import base, prepare, tokenize, train, evaluate\n"
         "from gpt2lora.commands import compare, dequantize, export, generate\n"
@@ -169,12 +170,12 @@ def test_matplotlib_is_loaded_where_it_draws_and_nowhere_else():
     tiny.run(tiny.ROOT, sys.executable, "-c", code)
 
 
-def test_matplotlib_says_nothing_of_its_caches(tables, tmp_path):
+def test_matplotlib_prints_nothing_about_its_cache(tables, tmp_path):
     code = (
         "from pathlib import Path; from gpt2lora.evaluation import plots; plots.import_matplotlib()\n"
         "plots.draw_plots(plots.TEST_PLOTS, Path('positions.csv'), Path('a'))"
     )
-    # A folder that cannot be made: matplotlib warns that it makes its cache elsewhere.
+    # A folder that cannot be created: by default matplotlib warns that its cache is elsewhere.
     variables = os.environ | {"MPLCONFIGDIR": os.devnull, "PYTHONPATH": str(tiny.ROOT)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=variables, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

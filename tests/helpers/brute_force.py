@@ -1,40 +1,59 @@
-"""Brute force: every token predicted by itself, in fp64, from as many tokens before it as a protocol gives it."""
+"""Brute force: each token is predicted by itself, from as many tokens before it as a protocol gives it."""
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 
-def slid(length: int, context: int, stride: int) -> list[int]:
-    """For each token of a text but its first: how many tokens the first window that reaches it holds before it.
+def sliding_contexts(length: int, context: int, stride: int) -> list[int]:
+    """Return for each token of a text except its first how many tokens the first window that reaches it holds before.
 
     Windows of `context` tokens start at every multiple of `stride`, and predict one token beyond their end.
     """
     starts = [
-        next(start for start in itertools.count(0, stride) if start + context >= place) for place in range(length)
+        next(start for start in itertools.count(0, stride) if start + context >= index) for index in range(length)
     ]
-    return [place - starts[place] for place in range(1, length)]
+    return [index - starts[index] for index in range(1, length)]
 
 
-def rolled(length: int, context: int) -> list[int]:
-    """The same with lm-evaluation-harness's windows: they do not overlap, but the last is filled from before it."""
+def rolling_contexts(length: int, context: int) -> list[int]:
+    """Return the same for the windows of lm-evaluation-harness: they do not overlap, but the last is moved left."""
     before_last = (length - 2) // context * context  # predictions of the windows before the last
-    filled = max(0, length - 1 - context)
-    return [place - filled if place > before_last else (place - 1) % context + 1 for place in range(1, length)]
+    last_start = max(0, length - 1 - context)
+    return [index - last_start if index > before_last else (index - 1) % context + 1 for index in range(1, length)]
 
 
-def scored(model: Path, texts: list[list[int]], contexts: list[list[int]]) -> tuple[float, np.ndarray]:
-    """Return the nats of all tokens but each text's first under the model in a folder, and how many are likelier."""
+def score_token(network, context: Sequence[int], target: int) -> tuple[float, int]:
+    """Return the negative log-likelihood of one token after `context`, in nats, and how many others are likelier."""
     import torch
+
+    with torch.no_grad():
+        logits = network(input_ids=torch.tensor([context]), use_cache=False).logits
+    log_likelihoods = logits[0, -1].log_softmax(-1)
+    return -float(log_likelihoods[target]), int((log_likelihoods > log_likelihoods[target]).sum())
+
+
+def score_tokens(network, texts: list[list[int]], contexts: list[Sequence[int]]) -> tuple[float, np.ndarray]:
+    """Score all tokens of the texts except their first ones.
+
+    Args:
+        contexts: for each text the numbers of tokens from which its tokens are predicted.
+
+    Returns:
+        The summed negative log-likelihood, and the rank of each token.
+    """
+    scores = [
+        score_token(network, text[index - length : index], text[index])
+        for text, lengths in zip(texts, contexts, strict=True)
+        for index, length in enumerate(lengths, start=1)
+    ]
+    return sum(nll for nll, _ in scores), np.array([rank for _, rank in scores])
+
+
+def score_folder(model: Path, texts: list[list[int]], contexts: list[Sequence[int]]) -> tuple[float, np.ndarray]:
+    """Score the same tokens in fp64 with the model in a folder."""
     from transformers import AutoModelForCausalLM
 
-    network = AutoModelForCausalLM.from_pretrained(model).double().eval()
-    nll, ranks = 0.0, []
-    for text, lengths in zip(texts, contexts, strict=True):
-        for place, length in enumerate(lengths, start=1):
-            with torch.no_grad():
-                scores = network(input_ids=torch.tensor([text[place - length : place]])).logits[0, -1].log_softmax(-1)
-            nll -= float(scores[text[place]])
-            ranks.append(int((scores > scores[text[place]]).sum()))
-    return nll, np.array(ranks)
+    return score_tokens(AutoModelForCausalLM.from_pretrained(model).double().eval(), texts, contexts)

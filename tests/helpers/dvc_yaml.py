@@ -1,4 +1,4 @@
-"""What dvc.yaml declares, and what the code imports."""
+"""What dvc.yaml declares for each stage, and which files of the repository a stage imports."""
 
 import ast
 import re
@@ -8,62 +8,65 @@ import yaml
 from tiny import ROOT
 
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-CODE = ("stages", "gpt2lora")
+CODE_FOLDERS = ("stages", "gpt2lora")
 
 
 def stages_run(output: str) -> list[str]:
+    """Return the stages that DVC ran, according to what it printed."""
     return re.findall(r"Running stage '(\w+)'", output)
 
 
-def declared_leaves(stage: str, project: Path) -> set[str]:
-    """Return the parameters that a stage declares, by their full names: a section stands for its keys."""
+def declared_params(stage: str, project: Path) -> set[str]:
+    """Return the dotted names of the parameters that a stage declares; a section counts as all of its keys."""
     values = yaml.safe_load((project / "params.yaml").read_text(encoding="utf-8"))
-    leaves = set()
+    names = set()
     for key in STAGES[stage]["params"]:
         key = key.replace("${preset}", values["preset"]).replace("${method}", values["method"])
-        found = values
+        value = values
         for part in key.split("."):
-            found = found[part]
-        leaves |= {f"{key}.{leaf}" for leaf in found} if isinstance(found, dict) else {key}
-    return leaves
+            value = value[part]
+        names |= {f"{key}.{name}" for name in value} if isinstance(value, dict) else {key}
+    return names
 
 
 def declared_files(stage: str, *kinds: str) -> set[str]:
+    """Return the files and folders that a stage declares under some of deps, outs, metrics and plots."""
     entries = [entry for kind in kinds for entry in STAGES[stage].get(kind, [])]
     return {next(iter(entry)) if isinstance(entry, dict) else entry for entry in entries}
 
 
 def declared_code(stage: str) -> set[str]:
     """Return the files and folders of code that a stage depends on."""
-    return {name for name in declared_files(stage, "deps") if name.split("/")[0] in CODE}
+    return {name for name in declared_files(stage, "deps") if name.split("/")[0] in CODE_FOLDERS}
 
 
 def imported_files(stage: str, root: Path) -> set[str]:
-    """Return the files below `root` that `python -m stages.STAGE` imports, now or later, itself included.
+    """Return the files below `root` that `python -m stages.STAGE` can import, directly or not, its script included.
 
-    An `__init__.py` that holds nothing but a docstring is left out: no edit of it changes what a stage does.
+    An `__init__.py` that holds only a docstring is left out, since no change to it changes what a stage does.
     """
-    found: set[str] = set()
-    waiting = ["stages", f"stages.{stage}"]
-    while waiting:
-        module = waiting.pop().replace(".", "/")
-        name = f"{module}/__init__.py" if (root / module).is_dir() else f"{module}.py"
-        if name not in found and (root / name).is_file():  # else a name that the module defines
+    files: set[str] = set()
+    modules = ["stages", f"stages.{stage}"]
+    while modules:
+        path = modules.pop().replace(".", "/")
+        name = f"{path}/__init__.py" if (root / path).is_dir() else f"{path}.py"
+        if name not in files and (root / name).is_file():  # otherwise it is a name that a module defines
             tree = ast.parse((root / name).read_text(encoding="utf-8"))
             if not is_docstring(tree):
-                found.add(name)
-            waiting += imported_names(tree)
-    return found
+                files.add(name)
+            modules += imported_names(tree)
+    return files
 
 
 def is_docstring(tree: ast.Module) -> bool:
+    """Tell whether a module holds only a docstring."""
     return len(tree.body) == 1 and ast.get_docstring(tree) is not None
 
 
 def imported_names(tree: ast.AST) -> list[str]:
-    """Return what a file imports from CODE, as dotted names, also inside functions.
+    """Return the dotted names that a file imports from CODE_FOLDERS, also those imported inside functions.
 
-    What stands below `if TYPE_CHECKING:` never runs. There are no relative imports.
+    Imports below `if TYPE_CHECKING:` never run, so they are left out. Relative imports are not allowed.
     """
     names = []
     for node in ast.iter_child_nodes(tree):
@@ -77,4 +80,4 @@ def imported_names(tree: ast.AST) -> list[str]:
             names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         else:
             names += imported_names(node)
-    return [name for name in names if name.split(".")[0] in CODE]
+    return [name for name in names if name.split(".")[0] in CODE_FOLDERS]

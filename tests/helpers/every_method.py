@@ -1,7 +1,7 @@
-"""Run the stages for several methods: python tests/helpers/every_method.py NAME..., in a clone whose stages it imports.
+"""Run the stages for several methods: python tests/helpers/every_method.py NAME..., in a clone of the repository.
 
-Leaves what must be the same everywhere in results/NAME. One process for all: importing torch, PEFT and bitsandbytes
-takes ten times as long as a tiny training.
+The stages are those of the clone. Outputs that must be the same everywhere are copied to results/NAME. One process runs
+all methods, since importing torch, PEFT and bitsandbytes takes ten times as long as a tiny training.
 """
 
 import importlib
@@ -13,9 +13,9 @@ from tiny import set_param
 
 METHODS = {
     "lora": {"method": "lora"},
-    "qlora of 4 bits": {"method": "qlora"},
-    "qlora of 8 bits": {"method": "qlora", "methods.qlora.bits": 8, "methods.qlora.double_quant": False},
-    "lora.bits of 8": {"method": "lora", "lora.bits": 8},
+    "qlora, 4 bits": {"method": "qlora"},
+    "qlora, 8 bits": {"method": "qlora", "methods.qlora.bits": 8, "methods.qlora.double_quant": False},
+    "lora, adapter of 8 bits": {"method": "lora", "lora.bits": 8},
     "full": {"method": "full"},
 }
 OUTPUTS = ("data/raw", "data/tokens", "data/adapter", "metrics/eval.json")
@@ -23,13 +23,13 @@ OUTPUTS = ("data/raw", "data/tokens", "data/adapter", "metrics/eval.json")
 
 def main(names: list[str]) -> None:
     original = Path("params.yaml").read_bytes()
-    shutil.rmtree("metrics")  # those of the commit
-    run("base", "prepare", "tokenize")
+    shutil.rmtree("metrics")  # the committed ones
+    run_stages("base", "prepare", "tokenize")
     for name in names:
         Path("params.yaml").write_bytes(original)
         for key, value in METHODS[name].items():
             set_param(Path(), key, value)
-        run("train", "evaluate")
+        run_stages("train", "evaluate")
         for output in OUTPUTS:
             target = Path("results", name, output)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -38,10 +38,10 @@ def main(names: list[str]) -> None:
         Path("metrics/eval.json").unlink()
 
 
-def run(*stages: str) -> None:
-    for stage in stages:
-        module = importlib.import_module(f"stages.{stage}")
-        assert Path(module.__file__).is_relative_to(Path.cwd()), f"{module.__file__} is not the clone's"
+def run_stages(*names: str) -> None:
+    for name in names:
+        module = importlib.import_module(f"stages.{name}")
+        assert Path(module.__file__).is_relative_to(Path.cwd()), f"{module.__file__} is not in the clone"
         module.main.main([], standalone_mode=False)
 
 

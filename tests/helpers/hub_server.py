@@ -1,18 +1,18 @@
-"""A hub on the loopback interface: what huggingface_hub asks of https://huggingface.co, from local folders.
+"""A Hugging Face hub on the loopback interface, which serves local folders to the client huggingface_hub.
 
     with Hub({"models/tiny/gpt2": {commit: folder}, "datasets/tiny/wikitext": {commit: folder}}) as hub:
         ...  # HF_ENDPOINT=hub.url
 
-The last commit of a repository is its `main`. To misbehave, append to `hub.faults`:
+The last commit of a repository is its `main`. `hub.faults` holds the faults of the hub, for instance:
 
-    Fault("status", "/tree/", status=500, times=2)                       an error instead of the answer, twice
+    Fault("status", "/tree/", status=500, times=2)                       an error instead of the answer, two times
     Fault("status", "/api/", status=429, headers={"Retry-After": "1"})
     Fault("stall", "/api/")                                              no answer at all
-    Fault("hang", "/resolve/.*safetensors")                              half of the body, then silence
+    Fault("hang", "/resolve/.*safetensors")                              half of the body, then nothing
     Fault("truncate", "/resolve/.*safetensors")                          half of the body, then the connection closes
     Fault("corrupt", "/resolve/.*safetensors")                           the right size, one wrong byte
-    Fault("loop", "/resolve/")                                           a redirect to itself
-    Fault("size", "/tree/")                                              files listed with a byte more than they have
+    Fault("loop", "/resolve/")                                           a redirect to the same address
+    Fault("size", "/tree/")                                              listed sizes one byte too large
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-LARGE = ".safetensors", ".bin", ".parquet"  # what a hub keeps in LFS: named by sha256, not by git's sha1
+LFS_SUFFIXES = ".safetensors", ".bin", ".parquet"  # kept in LFS: identified by SHA-256, not by git's SHA-1
 
 API = re.compile(
     r"/api/(?P<repo>(?:models|datasets)/[^/]+/[^/]+)(?:/(?P<what>revision|tree|commits)/(?P<revision>[^/]+)/?(?P<inside>.*))?"
@@ -46,8 +46,8 @@ class Hub:
     def __init__(self, repos: dict[str, dict[str, Path]]):
         self.repos = repos
         self.faults: list[Fault] = []
-        self.requests: list[str] = []  # "GET /path", in order of arrival
-        self.sent: list[tuple[str, str, int]] = []  # of each good answer: path, the Range asked for or "", bytes
+        self.requests: list[str] = []  # "GET /path", in their order
+        self.sent: list[tuple[str, str, int]] = []  # of each successful answer: path, Range or "", bytes
         self.closing = threading.Event()
 
     def __enter__(self) -> "Hub":
@@ -58,7 +58,7 @@ class Hub:
         return self
 
     def __exit__(self, *_) -> None:
-        self.closing.set()  # ends what stalls
+        self.closing.set()  # ends the requests that hang
         self.server.shutdown()
         self.server.server_close()
 
@@ -77,10 +77,10 @@ class Handler(BaseHTTPRequestHandler):
         if self.fault:
             self.fault.times -= 1
             if self.fault.kind == "stall":
-                self.silence()
+                self.hang()
                 return
             if self.fault.kind == "status":
-                self.answer(self.fault.status, {"error": "as told"}, self.fault.headers)
+                self.answer(self.fault.status, {"error": "a fault of the test"}, self.fault.headers)
                 return
             if self.fault.kind == "loop":
                 self.answer(302, {}, {"Location": self.path})
@@ -94,10 +94,11 @@ class Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
-    def folder(self, repo: str, revision: str | None) -> tuple[str, Path] | None:
+    def find_folder(self, repo: str, revision: str | None) -> tuple[str, Path] | None:
+        """Return a commit and its folder, or answer with an error and return None."""
         commits = self.hub.repos.get(repo)
         if commits is None:
-            # As the real hub does: who is not logged in cannot tell a private repository from none.
+            # As the real hub: without a login, a private repository looks like a missing one.
             self.answer(401, {"error": "Invalid username or password."}, {"X-Error-Code": "RepoNotFound"})
             return None
         commit = list(commits)[-1] if revision in (None, "main") else revision
@@ -107,50 +108,50 @@ class Handler(BaseHTTPRequestHandler):
         return commit, commits[commit]
 
     def api(self, repo: str, what: str | None, revision: str | None, inside: str | None) -> None:
-        if not (found := self.folder(repo, revision)):
+        if not (resolved := self.find_folder(repo, revision)):
             return
-        commit, folder = found
+        commit, folder = resolved
         if what == "tree":
             pattern = "**/*" if "recursive=true" in self.path.lower() else "*"
-            listed = [entry(folder, path) for path in sorted((folder / inside).glob(pattern))]
+            entries = [describe(folder, path) for path in sorted((folder / inside).glob(pattern))]
             if self.fault and self.fault.kind == "size":
-                listed = [about | {"size": about["size"] + 1} for about in listed if "size" in about]
-            self.answer(200, listed)
+                entries = [entry | {"size": entry["size"] + 1} for entry in entries if "size" in entry]
+            self.answer(200, entries)
         elif what == "commits":
-            about = {"authors": [], "date": "2024-01-01T00:00:00.000Z", "title": "A commit", "message": ""}
-            self.answer(200, [{"id": name} | about for name in reversed(self.hub.repos[repo])])
+            details = {"authors": [], "date": "2024-01-01T00:00:00.000Z", "title": "A commit", "message": ""}
+            self.answer(200, [{"id": name} | details for name in reversed(self.hub.repos[repo])])
         else:
             files = [{"rfilename": str(path.relative_to(folder))} for path in folder.rglob("*") if path.is_file()]
             self.answer(200, {"id": repo.split("/", 1)[1], "sha": commit, "private": False, "siblings": files})
 
     def file(self, kind: str | None, repo: str, revision: str, path: str) -> None:
-        if not (found := self.folder((kind or "models/") + repo, revision)):
+        if not (resolved := self.find_folder((kind or "models/") + repo, revision)):
             return
-        commit, folder = found
+        commit, folder = resolved
         headers = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         if not (folder / path).is_file():
             self.answer(404, {"error": "Entry not found"}, {**headers, "X-Error-Code": "EntryNotFound"})
             return
         body = (folder / path).read_bytes()
-        about = entry(folder, folder / path)
-        digest = about.get("lfs", about)["oid"]
-        if "lfs" in about and self.headers["Host"].startswith("127.0.0.1"):
-            # As the real hub does, which keeps large files on another host ...
-            elsewhere = f"http://localhost:{self.server.server_port}{self.path}"
-            headers |= {"Location": elsewhere, "X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(body))}
-            # ... and offers its Xet protocol for them; here no one speaks it.
+        entry = describe(folder, folder / path)
+        digest = entry.get("lfs", entry)["oid"]
+        if "lfs" in entry and self.headers["Host"].startswith("127.0.0.1"):
+            # As the real hub: large files are on another host, ...
+            location = f"http://localhost:{self.server.server_port}{self.path}"
+            headers |= {"Location": location, "X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(body))}
+            # ... and its Xet protocol is offered for them, which this server does not speak.
             headers |= {"X-Xet-Hash": digest, "X-Xet-Refresh-Route": f"{self.hub.url}/api/xet-read-token"}
             self.answer(302, {}, headers)
             return
         headers["ETag"] = f'"{digest}"'
-        if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
-            first, last = int(asked[1]), int(asked[2] or len(body) - 1)
+        if byte_range := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            first, last = int(byte_range[1]), int(byte_range[2] or len(body) - 1)
             if first >= len(body):
                 self.answer(416, {"error": "Range not satisfiable"})
                 return
             headers["Content-Range"] = f"bytes {first}-{last}/{len(body)}"
             body = body[first : last + 1]
-        self.answer(206 if asked else 200, body, headers)
+        self.answer(206 if byte_range else 200, body, headers)
 
     def answer(self, status: int, body: bytes | dict | list, headers: dict[str, str] | None = None) -> None:
         if not isinstance(body, bytes):
@@ -172,31 +173,32 @@ class Handler(BaseHTTPRequestHandler):
             self.hub.sent.append((self.path, self.headers.get("Range", ""), len(body)))
         self.wfile.write(body)
         if kind == "hang":
-            self.silence()
+            self.hang()
 
-    def silence(self) -> None:
+    def hang(self) -> None:
+        """Send nothing until the hub closes."""
         self.wfile.flush()
         self.hub.closing.wait()
         self.close_connection = True
 
 
-def entry(folder: Path, path: Path) -> dict:
-    """What the hub's listing says of one file or folder."""
+def describe(folder: Path, path: Path) -> dict:
+    """Return the entry of a file or folder in the hub's listing."""
     name = path.relative_to(folder).as_posix()
     if path.is_dir():
         return {"type": "directory", "path": name, "oid": "0" * 40}
     body = path.read_bytes()
-    about = {"type": "file", "path": name, "size": len(body)}
-    if path.suffix in LARGE:
+    entry = {"type": "file", "path": name, "size": len(body)}
+    if path.suffix in LFS_SUFFIXES:
         sha = hashlib.sha256(body).hexdigest()
-        about |= {"lfs": {"oid": sha, "size": len(body), "pointerSize": 134}, "xetHash": sha}
+        entry |= {"lfs": {"oid": sha, "size": len(body), "pointerSize": 134}, "xetHash": sha}
         body = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha}\nsize {len(body)}\n".encode()
-    about["oid"] = hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
-    return about
+    entry["oid"] = hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
+    return entry
 
 
 def closed_port() -> int:
-    """A port that refuses connections."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """Return a port that refuses connections."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

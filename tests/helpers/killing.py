@@ -1,9 +1,9 @@
-"""Kill stages at random moments: python tests/helpers/killing.py KILLS SEED WHAT..., in a folder with params.yaml.
+"""Kill stages at random moments: python tests/helpers/killing.py KILLS SEED RUN..., in a folder with params.yaml.
 
-Each WHAT is a stage, or train with changed parameters: train:method=qlora. Prints one line of JSON for each.
+Each RUN is a stage, or train with changed parameters: train:method=qlora. Prints one line of JSON for each.
 
-Importing torch, PEFT and bitsandbytes takes ten times as long as a tiny training, so one process imports everything
-and runs each stage in a fork of itself. It has one thread only: a fork would have none of the others.
+Importing torch, PEFT and bitsandbytes takes ten times as long as a tiny training. So one process imports everything and
+runs each stage in a fork of itself. It has a single thread, since a fork has only the thread that called it.
 """
 
 import importlib
@@ -31,14 +31,15 @@ OUTPUTS = {
         "metrics/plots/loss_by_step.png",
     ],
 }
-CALLS = ("fsync", "rename", "replace", "unlink", "rmdir")  # by which outputs and checkpoints come and go
-PLACES = {"base": 16, "prepare": 14, "tokenize": 30, "train": 50, "evaluate": 10}  # of a kill among a run's calls
+FILE_CALLS = ("fsync", "rename", "replace", "unlink", "rmdir")  # of os; they write and remove outputs and checkpoints
+CALL_RANGES = {"base": 16, "prepare": 14, "tokenize": 30, "train": 50, "evaluate": 10}  # a kill hits one of the first
+CHECKPOINT_CALL_RANGE = 12  # the same for calls on checkpoints
 LOG = Path("log.txt")
 Work = Callable[[], None]
 
 
 def fork(work: Work) -> int:
-    """Run `work` in a child; return its process id."""
+    """Run `work` in a child process; return its process id."""
     if child := os.fork():
         return child
     code = 1
@@ -57,41 +58,47 @@ def fork(work: Work) -> int:
         os._exit(code)
 
 
-def end(child: int) -> int:
+def wait_for(child: int) -> int:
     """Wait for a child; return its exit code, or minus the signal that killed it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def whole_run(work: Work) -> float:
-    """Run `work` in a child that must succeed; return its seconds."""
+def run_undisturbed(work: Work) -> float:
+    """Run `work` in a child that must succeed; return its duration in seconds."""
     started = time.monotonic()
-    assert end(fork(work)) == 0, LOG.read_text()[-3000:]
+    assert wait_for(fork(work)) == 0, LOG.read_text()[-3000:]
     return time.monotonic() - started
 
 
 def kill_after(seconds: float, work: Work) -> int:
+    """Run `work` in a child, kill it after so many seconds, and return what `wait_for` returns."""
     child = fork(work)
     time.sleep(seconds)
-    os.kill(child, signal.SIGKILL)  # not waited for yet: its number belongs to no other process
-    return end(child)
+    os.kill(child, signal.SIGKILL)  # until it is waited for, no other process gets its id
+    return wait_for(child)
 
 
 def path_of(argument: object) -> str:
+    """Return the path of a file descriptor, or of a path."""
     return os.readlink(f"/proc/self/fd/{argument}") if isinstance(argument, int) else str(argument)
 
 
-def kill_at_call(place: int, work: Work, where: str = "") -> int:
-    """Let a child kill itself at its call number `place` of those that change files: before it, or half way in.
+def kill_at_call(index: int, work: Work, path_part: str = "") -> int:
+    """Run `work` in a child that kills itself at one of its calls that change files; return what `wait_for` returns.
 
-    where: counts only calls on paths that hold it.
+    It dies before the call, or after half of the bytes of a write.
+
+    Args:
+        index: of the call, counted from 0.
+        path_part: only calls on paths that contain it are counted.
     """
-    left, write_bytes = place, Path.write_bytes
+    remaining, write_bytes = index, Path.write_bytes
 
-    def dying(call: Callable) -> Callable:
+    def with_kill(call: Callable) -> Callable:
         def wrapped(*arguments, **options):
-            nonlocal left
-            left -= where in path_of(arguments[0])
-            if left < 0:
+            nonlocal remaining
+            remaining -= path_part in path_of(arguments[0])
+            if remaining < 0:
                 if call is write_bytes:
                     call(arguments[0], arguments[1][: len(arguments[1]) // 2])
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -99,89 +106,91 @@ def kill_at_call(place: int, work: Work, where: str = "") -> int:
 
         return wrapped
 
-    def patched() -> None:
-        Path.write_bytes = dying(write_bytes)
-        for name in CALLS:
-            setattr(os, name, dying(getattr(os, name)))
+    def patched_work() -> None:
+        Path.write_bytes = with_kill(write_bytes)
+        for name in FILE_CALLS:
+            setattr(os, name, with_kill(getattr(os, name)))
         work()
 
-    return end(fork(patched))
+    return wait_for(fork(patched_work))
 
 
-def contents(path: str) -> dict[str, bytes] | None:
-    """Return the bytes of a file, or of all files of a folder, by name; None where there is nothing."""
+def read_output(path: str) -> dict[str, bytes] | None:
+    """Return the bytes of a file, or of all files in a folder, by name; None if the path does not exist."""
     if not Path(path).exists():
         return None
     return {str(file): file.read_bytes() for file in [Path(path), *Path(path).rglob("*")] if file.is_file()}
 
 
-def unfinished() -> list[str]:
-    """Return what the stages write below names that begin with a dot, checkpoints among them."""
+def temporary_files() -> list[str]:
+    """Return the files and folders that begin with a dot: unfinished outputs, and checkpoints."""
     return [str(path) for folder in ("data", "metrics") for path in Path(folder).rglob(".?*")]
 
 
-def kill_stage(name: str, kills: int, pick: random.Random) -> dict:
-    """Kill a stage until it was killed `kills` times; return what came of it.
+def kill_stage(name: str, kills: int, random_numbers: random.Random) -> dict:
+    """Run a stage again and again until it was killed `kills` times and then succeeded; return counts and errors.
 
-    One kill in two strikes at a random moment, the other at a random change of a file. After each, every output must be
-    absent, or the one of before, or the one that an undisturbed run writes; and so it must be when the stage ends.
+    Every second kill comes at a random time, the others at a random call that changes a file. After each kill, every
+    output must be absent, or the earlier one, or the one that an undisturbed run writes. After each run that succeeds,
+    every output must be that of an undisturbed run.
     """
     main = importlib.import_module(f"stages.{name}").main
 
     def stage() -> None:
         main.main([], standalone_mode=False)
 
-    seconds = whole_run(stage)
-    new = {path: contents(path) for path in OUTPUTS[name]}
+    seconds = run_undisturbed(stage)
+    new = {path: read_output(path) for path in OUTPUTS[name]}
     assert all(new.values())
-    assert unfinished() == []
-    old: dict[str, dict | None] = {}
-    seen, wrong, killed, code = Counter(), [], 0, 0
+    assert temporary_files() == []
+    earlier: dict[str, dict | None] = {}
+    counts, errors, killed, code = Counter(), [], 0, 0
     while killed < kills or code != 0:
-        if code == 0:  # at first, and when a run came to its end
-            old = {path: make_earlier(path) for path in new}
-        resumed = any(Path("data/.checkpoints").rglob("[0-9]*.safetensors"))
-        kind = "killed after a time" if killed % 2 else "killed at a call"
+        if code == 0:  # the first run, or the last one succeeded
+            earlier = {path: write_earlier_output(path) for path in new}
+        has_checkpoint = any(Path("data/.checkpoints").rglob("[0-9]*.safetensors"))
+        kind = "kills at a random time" if killed % 2 else "kills at a file call"
         if killed >= kills:
-            code = end(fork(stage))
+            code = wait_for(fork(stage))
         elif killed % 2:
-            code = kill_after(pick.uniform(0, seconds), stage)
+            code = kill_after(random_numbers.uniform(0, seconds), stage)
         else:
-            within = name == "train" and killed % 4 == 0
-            code = kill_at_call(pick.randrange(12 if within else PLACES[name]), stage, "/.checkpoints/" * within)
-            seen["killed while writing a checkpoint"] += within and code == -signal.SIGKILL
-        seen["resumed"] += resumed
+            at_checkpoint = name == "train" and killed % 4 == 0
+            index = random_numbers.randrange(CHECKPOINT_CALL_RANGE if at_checkpoint else CALL_RANGES[name])
+            code = kill_at_call(index, stage, "/.checkpoints/" * at_checkpoint)
+            counts["kills while writing a checkpoint"] += at_checkpoint and code == -signal.SIGKILL
+        counts["resumed runs"] += has_checkpoint
         if code == 0:
-            seen["ended"] += 1
-            wrong += [f"{path} after the end" for path in new if contents(path) != new[path]] + unfinished()
+            counts["completed runs"] += 1
+            errors += [f"{path} after a run" for path in new if read_output(path) != new[path]] + temporary_files()
         else:
             killed += 1
-            seen[kind] += 1
-            seen["killed while writing"] += any(path.endswith((".new", ".old")) for path in unfinished())
-            wrong += [f"{path} after a kill" for path in new if not is_complete(path, old[path], new[path])]
+            counts[kind] += 1
+            counts["kills while writing"] += any(path.endswith((".new", ".old")) for path in temporary_files())
+            errors += [f"{path} after a kill" for path in new if not is_complete(path, earlier[path], new[path])]
         if code not in (0, -signal.SIGKILL):
             raise SystemExit(LOG.read_text()[-3000:])
-    return {"seconds": round(seconds, 2), "wrong": wrong, **seen}
+    return {"seconds": round(seconds, 2), "errors": errors, **counts}
 
 
-def is_complete(path: str, old: dict[str, bytes] | None, new: dict[str, bytes]) -> bool:
-    """Tell whether an output is absent, or one of these; the losses may also be those up to some validation."""
-    found = contents(path)
-    if path == "metrics/loss.csv" and found and found != old:
-        (rows,), (all_rows,) = found.values(), new.values()
+def is_complete(path: str, earlier: dict[str, bytes] | None, new: dict[str, bytes]) -> bool:
+    """Tell whether an output is absent, `earlier` or `new`. The losses may also end at any validation."""
+    content = read_output(path)
+    if path == "metrics/loss.csv" and content and content != earlier:
+        (rows,), (all_rows,) = content.values(), new.values()
         return rows.endswith(b"\n") and all_rows.startswith(rows)
-    return found in (None, old, new)
+    return content in (None, earlier, new)
 
 
-def make_earlier(path: str) -> dict[str, bytes]:
-    """Put an earlier output of other bytes in the place of an output, as many files as it has."""
-    for file in contents(path):
+def write_earlier_output(path: str) -> dict[str, bytes]:
+    """Overwrite each file of an output, as if an earlier run had written other bytes."""
+    for file in read_output(path):
         Path(file).write_bytes(b"earlier output")
-    return contents(path)
+    return read_output(path)
 
 
 def main() -> None:
-    kills, seed, *asked = sys.argv[1:]
+    kills, seed, *runs = sys.argv[1:]
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     from gpt2lora.pipeline import cli
 
@@ -199,16 +208,17 @@ def main() -> None:
 
     torch.set_num_threads(1)
     for name in ("base", "prepare", "tokenize"):
-        whole_run(lambda name=name: importlib.import_module(f"stages.{name}").main.main([], standalone_mode=False))
-    for what in asked:
-        name, *settings = what.split(":")
-        before = Path("params.yaml").read_bytes()
+        stage = importlib.import_module(f"stages.{name}").main
+        run_undisturbed(lambda stage=stage: stage.main([], standalone_mode=False))
+    for run in runs:
+        name, *settings = run.split(":")
+        original = Path("params.yaml").read_bytes()
         for setting in settings:
             key, _, value = setting.partition("=")
             set_param(Path.cwd(), key, int(value) if value.isdigit() else value)
-        found = kill_stage(name, int(kills), random.Random(f"{seed} {what}"))
-        Path("params.yaml").write_bytes(before)
-        print(json.dumps({"what": what, **found}), flush=True)
+        result = kill_stage(name, int(kills), random.Random(f"{seed} {run}"))
+        Path("params.yaml").write_bytes(original)
+        print(json.dumps({"run": run, **result}), flush=True)
         shutil.rmtree("data/.checkpoints", ignore_errors=True)
 
 

@@ -1,7 +1,8 @@
-"""What a picture shows: its colours, and whether all its texts can be read."""
+"""Check pictures: their colors, and whether all their texts can be read."""
 
 import contextlib
 import itertools
+from collections.abc import Iterator
 
 import numpy as np
 from matplotlib.text import Text
@@ -10,29 +11,29 @@ from PIL import Image
 from gpt2lora.evaluation import plots
 
 
-def share(picture: Image.Image, colour: str) -> float:
-    """Return the share of a picture's pixels that have a colour, as the eye tells it."""
-    wanted = [int(colour[place : place + 2], 16) for place in (1, 3, 5)]
-    return float((np.abs(np.asarray(picture.convert("RGB"), int) - wanted).max(2) < 12).mean())
+def color_share(picture: Image.Image, color: str) -> float:
+    """Return the share of a picture's pixels that have nearly this color, which is given as #rrggbb."""
+    expected = [int(color[start : start + 2], 16) for start in (1, 3, 5)]
+    return float((np.abs(np.asarray(picture.convert("RGB"), int) - expected).max(2) < 12).mean())
 
 
 @contextlib.contextmanager
-def watched(monkeypatch, seen: list):
-    """Keep the axes that are drawn on."""
-    original = plots.new_picture
+def record_axes(monkeypatch) -> Iterator[list]:
+    """Yield a list to which the axes of each picture are appended once it is drawn."""
+    original, drawn = plots.new_picture, []
 
     @contextlib.contextmanager
-    def watching(*given):
-        with original(*given) as axes:
+    def recording_new_picture(*arguments):
+        with original(*arguments) as axes:
             yield axes
-        seen.append(axes)
+        drawn.append(axes)
 
-    monkeypatch.setattr(plots, "new_picture", watching)
-    yield
+    monkeypatch.setattr(plots, "new_picture", recording_new_picture)
+    yield drawn
 
 
 def check_layout(axes) -> None:
-    """Every text lies inside the picture, none on another, the legend not on the lines."""
+    """Check that every text is inside the picture, that no two overlap, and that the legend covers no line."""
     figure = axes.figure
     renderer = figure.canvas.get_renderer()
     legend = axes.get_legend()
@@ -45,7 +46,7 @@ def check_layout(axes) -> None:
     for name, box in boxes:
         assert box.x0 >= 0 and box.y0 >= 0, name
         assert box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1, name
-    for (name, box), (other, second) in itertools.combinations(boxes, 2):
-        assert not box.overlaps(second), (name, other)
+    for (name, box), (other_name, other_box) in itertools.combinations(boxes, 2):
+        assert not box.overlaps(other_box), (name, other_name)
     if legend:
         assert legend.get_window_extent(renderer).y0 >= axes.get_window_extent(renderer).y1

@@ -1,4 +1,4 @@
-"""params.yaml: what is read from it, and the one line that tells what is wrong with it."""
+"""params.yaml: values are typed and checked, and an error is one line that names the key."""
 
 import math
 import shutil
@@ -30,7 +30,7 @@ class Small:
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """A working directory with the params.yaml that the repository ships."""
+    """A working directory with a copy of the repository's params.yaml."""
     shutil.copyfile(tiny.ROOT / "params.yaml", tmp_path / "params.yaml")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -40,37 +40,38 @@ def write(text: str) -> None:
     Path("params.yaml").write_text(text, encoding="utf-8")
 
 
-def refusal(key: str, schema: type) -> str:
-    with pytest.raises(StageError) as caught:
+def error_line(key: str, schema: type) -> str:
+    """Return the error of reading a section, which is one line."""
+    with pytest.raises(StageError) as error:
         params.section(key, schema)
-    line = caught.value.format_message()
+    line = error.value.format_message()
     assert "\n" not in line
     return line
 
 
 @pytest.mark.parametrize("key", SCHEMAS)
-def test_the_shipped_file_reads_with_every_schema(key):
+def test_every_schema_reads_the_shipped_file(key):
     assert isinstance(params.section(key, SCHEMAS[key]), SCHEMAS[key])
 
 
-def test_the_shipped_file_has_no_section_without_a_schema(folder):
+def test_every_section_of_the_shipped_file_has_a_schema(folder):
     from omegaconf import OmegaConf
 
     shipped = OmegaConf.to_container(OmegaConf.load(folder / "params.yaml"))
-    found = {name for name, section in shipped.items() if isinstance(section, dict)} - {"presets", "methods"}
-    found |= {f"{group}.{name}" for group in ("presets", "methods") for name in shipped[group]}
-    assert found == set(SCHEMAS)
+    sections = {name for name, section in shipped.items() if isinstance(section, dict)} - {"presets", "methods"}
+    sections |= {f"{group}.{name}" for group in ("presets", "methods") for name in shipped[group]}
+    assert sections == set(SCHEMAS)
     assert params.choice("preset", "presets") == "gpt2"
     assert params.choice("method", "methods") == "lora"
     assert params.value("seed", int) == 0
 
 
 @pytest.mark.parametrize(("written", "rate"), [("5e-05", 5e-5), ("5e-5", 5e-5), ("1.0e-3", 1e-3), ("2", 2.0)])
-def test_a_number_in_any_notation_is_a_number(written, rate):
+def test_a_number_may_be_written_in_any_notation(written, rate):
     write(f"small: {{steps: 1, rate: {written}, name: x, exact: true, limit: null}}")
-    found = params.section("small", Small)
-    assert found == Small(1, rate, "x", True, None)
-    assert type(found.rate) is float
+    section = params.section("small", Small)
+    assert section == Small(1, rate, "x", True, None)
+    assert type(section.rate) is float
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,7 @@ def test_a_number_in_any_notation_is_a_number(written, rate):
 def test_a_value_of_the_wrong_type_is_refused(folder, key, value, expected):
     tiny.set_param(folder, key, value)
     section = key.rpartition(".")[0]
-    assert refusal(section, SCHEMAS[section]) == f"params.yaml: {key}: expected {expected}, not {value!r}"
+    assert error_line(section, SCHEMAS[section]) == f"params.yaml: {key}: expected {expected}, not {value!r}"
 
 
 @pytest.mark.parametrize(
@@ -137,7 +138,7 @@ def test_a_value_of_the_wrong_type_is_refused(folder, key, value, expected):
 def test_a_value_out_of_range_is_refused(folder, key, value, expected):
     tiny.set_param(folder, key, value)
     section = key.rpartition(".")[0]
-    assert refusal(section, SCHEMAS[section]) == f"params.yaml: {key}: expected {expected}, not {value!r}"
+    assert error_line(section, SCHEMAS[section]) == f"params.yaml: {key}: expected {expected}, not {value!r}"
 
 
 @pytest.mark.parametrize(
@@ -150,11 +151,11 @@ def test_a_value_out_of_range_is_refused(folder, key, value, expected):
         (("lora.init", "loftq"), ("lora.use_dora", True), "with init loftq: expected false"),
     ],
 )
-def test_values_that_do_not_go_together_are_refused(folder, first, second, expected):
+def test_values_that_contradict_each_other_are_refused(folder, first, second, expected):
     tiny.set_param(folder, *first)
     tiny.set_param(folder, *second)
     section = second[0].rpartition(".")[0]
-    line = refusal(section, SCHEMAS[section])
+    line = error_line(section, SCHEMAS[section])
     assert line.startswith(f"params.yaml: {second[0]}")
     assert expected in line
 
@@ -162,55 +163,56 @@ def test_values_that_do_not_go_together_are_refused(folder, first, second, expec
 def test_shares_that_leave_no_training_text_are_refused(folder):
     tiny.set_param(folder, "prepare.validation_share", 0.5)
     tiny.set_param(folder, "prepare.test_share", 0.5)
-    line = refusal("prepare", PrepareParams)
+    line = error_line("prepare", PrepareParams)
     assert line == "params.yaml: prepare.validation_share + test_share: expected a sum below 1, not 1.0"
 
 
-def test_an_unknown_key_is_refused_and_the_known_ones_named():
+def test_the_error_for_an_unknown_key_lists_the_known_keys():
     write("small: {steps: 1, rate: 1, name: x, exact: true, limit: 2, stops: 3}")
-    line = refusal("small", Small)
+    line = error_line("small", Small)
     assert line == "params.yaml: small.stops: unknown key; small has steps, rate, name, exact, limit"
 
 
-def test_a_key_under_a_method_that_has_none_is_refused():
+def test_a_key_in_a_section_without_keys_is_refused():
     write("methods: {lora: {bits: 4}}")
-    assert refusal("methods.lora", NoParams) == "params.yaml: methods.lora.bits: unknown key; methods.lora has no keys"
+    line = error_line("methods.lora", NoParams)
+    assert line == "params.yaml: methods.lora.bits: unknown key; methods.lora has no keys"
 
 
-def test_a_missing_key_is_refused_with_its_type():
+def test_the_error_for_a_missing_key_names_its_type():
     write("small: {steps: 1, name: x, exact: true, limit: 2}")
-    assert refusal("small", Small) == "params.yaml: small.rate: missing; expected a number"
+    assert error_line("small", Small) == "params.yaml: small.rate: missing; expected a number"
 
 
 def test_a_missing_section_is_refused():
     write("large: {}")
-    assert refusal("small", Small) == "params.yaml: small: missing"
+    assert error_line("small", Small) == "params.yaml: small: missing"
 
 
-def test_a_section_that_is_none_is_refused():
+def test_a_number_in_place_of_a_section_is_refused():
     write("small: 3")
-    line = refusal("small", Small)
+    line = error_line("small", Small)
     assert line == "params.yaml: small: expected a section with steps, rate, name, exact, limit, not 3"
 
 
 @pytest.mark.parametrize(
-    ("knob", "variants", "known"),
+    ("key", "variants", "known"),
     [("preset", "presets", "gpt2, sample, local"), ("method", "methods", "lora, qlora, full")],
 )
 @pytest.mark.parametrize("name", ["typo", "", "gpt2 "])
-def test_an_unknown_preset_or_method_is_refused_and_the_known_ones_named(folder, knob, variants, known, name):
-    tiny.set_param(folder, knob, name)
-    with pytest.raises(StageError) as caught:
-        params.choice(knob, variants)
-    assert caught.value.format_message() == f"params.yaml: {knob}: expected one of {known}, not {name!r}"
+def test_the_error_for_an_unknown_name_lists_the_known_names(folder, key, variants, known, name):
+    tiny.set_param(folder, key, name)
+    with pytest.raises(StageError) as error:
+        params.choice(key, variants)
+    assert error.value.format_message() == f"params.yaml: {key}: expected one of {known}, not {name!r}"
 
 
 @pytest.mark.parametrize("value", ["x", 1.5, None, [1]])
-def test_a_seed_that_is_no_integer_is_refused(folder, value):
+def test_a_seed_that_is_not_an_integer_is_refused(folder, value):
     tiny.set_param(folder, "seed", value)
-    with pytest.raises(StageError) as caught:
+    with pytest.raises(StageError) as error:
         params.value("seed", int)
-    assert caught.value.format_message() == f"params.yaml: seed: expected an integer, not {value!r}"
+    assert error.value.format_message() == f"params.yaml: seed: expected an integer, not {value!r}"
 
 
 @pytest.mark.parametrize(
@@ -223,16 +225,17 @@ def test_a_seed_that_is_no_integer_is_refused(folder, value):
         "\tx: 1",
     ],
 )
-def test_unreadable_yaml_is_one_line_that_names_the_file(text):
+def test_the_error_for_invalid_yaml_names_the_file(text):
     write(text)
-    assert refusal("small", Small).startswith("params.yaml: not readable as YAML: ")
+    assert error_line("small", Small).startswith("params.yaml: not readable as YAML: ")
 
 
-def test_a_file_that_is_not_utf8_is_one_line_that_names_the_file():
+def test_the_error_for_a_file_that_is_not_utf8_names_it():
     Path("params.yaml").write_bytes(b"small: \xff")
-    assert refusal("small", Small).startswith("params.yaml: not readable as YAML: ")
+    assert error_line("small", Small).startswith("params.yaml: not readable as YAML: ")
 
 
-def test_outside_the_repository_the_line_says_where_to_go(folder):
+def test_the_error_for_a_missing_file_tells_where_to_run_stages(folder):
     Path("params.yaml").unlink()
-    assert refusal("small", Small) == f"params.yaml not found in {folder}: run stages from the root of the repository"
+    line = error_line("small", Small)
+    assert line == f"params.yaml not found in {folder}: run stages from the root of the repository"
