@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .PHONY: help demo test test-all test-slow test-kill verify bench install clean
 .DELETE_ON_ERROR:
@@ -16,12 +17,12 @@ demo: $(INSTALLED) ## run the whole pipeline on the embedded sample, with LoRA a
 test: $(INSTALLED) ## lint, and run the tests that tell quickly: about 5 minutes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: test test-slow ## run every test
 
 test-slow: $(INSTALLED) ## run the tests that `make test` leaves out: kills, clones, experiments, fuzzing
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 test-kill: $(INSTALLED) ## kill every stage 200 times at random moments
 	KILLS=200 $(BIN)/python -m pytest tests/reliability/test_killed.py -k random_moments --timeout 3600

@@ -1,15 +1,17 @@
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import tiny
 from click.testing import CliRunner
+from training_runs import make_training_folder, run_stage
 
-# Before torch is imported: so small a model gains nothing from more threads, and loses much on a busy machine.
+# Set before torch is imported. More threads make so small a model no faster, and much slower on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Tests compare bits and kernels of the CPU, also where there is a GPU. `TEST_ON_GPU=1 pytest tests/model/test_lora.py`
-# runs there what holds on both.
+# Tests compare bytes and the kernels of the CPU, so they hide a GPU. `TEST_ON_GPU=1 pytest tests/model tests/training`
+# runs on a GPU the tests that hold there as well.
 if not os.environ.get("TEST_ON_GPU"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
@@ -28,14 +30,17 @@ def tiny_model(tmp_path_factory, tiny_corpus) -> Path:
 
 @pytest.fixture
 def project(tmp_path, tiny_model, tiny_corpus) -> Path:
-    """A repository of its own, nothing run yet, whose preset `local` is the tiny model and the tiny corpus."""
+    """A repository with the tiny model and the tiny corpus as preset `local`, in which nothing has run yet."""
     return tiny.make_project(tmp_path / "project", tiny_model, tiny_corpus)
 
 
+# The outputs of a run
+
+
 @pytest.fixture(scope="session")
-def made(tmp_path_factory, tiny_model, tiny_corpus):
-    """The outputs of a run that went well, by the name of the option that reads them."""
-    folder = tiny.make_project(tmp_path_factory.mktemp("errors") / "project", tiny_model, tiny_corpus)
+def stage_outputs(tmp_path_factory, tiny_model, tiny_corpus) -> dict[str, Path]:
+    """The outputs of base, prepare, tokenize and train, by the option that reads each of them."""
+    folder = tiny.make_project(tmp_path_factory.mktemp("outputs") / "project", tiny_model, tiny_corpus)
     from stages import base, prepare, tokenize, train
 
     with pytest.MonkeyPatch.context() as patch:
@@ -43,17 +48,62 @@ def made(tmp_path_factory, tiny_model, tiny_corpus):
         for stage in (base.main, prepare.main, tokenize.main, train.main):
             result = CliRunner().invoke(stage, catch_exceptions=False)
             assert result.exit_code == 0, result.output
-    found = {name: folder / "data" / name for name in ("base", "raw", "tokens", "adapter")}
-    return found | {"loss": folder / "metrics/loss.csv"}
+    outputs = {name: folder / "data" / name for name in ("base", "raw", "tokens", "adapter")}
+    return outputs | {"loss": folder / "metrics/loss.csv"}
 
 
 @pytest.fixture
-def data(made, tmp_path, monkeypatch):
-    """A copy of a run's outputs, to break, in a working directory."""
-    project = made["base"].parents[1]
+def data(stage_outputs, tmp_path, monkeypatch) -> Path:
+    """The folder data with a copy of these outputs, for the test to damage, in the working directory."""
+    project = stage_outputs["base"].parents[1]
     shutil.copytree(project / "data", tmp_path / "data", ignore=shutil.ignore_patterns(".*", "environment"))
     (tmp_path / "metrics").mkdir()
     for name in ("params.yaml", "metrics/loss.csv"):
         shutil.copyfile(project / name, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     return Path("data")
+
+
+# A training that is interrupted
+
+
+@pytest.fixture(scope="session")
+def prepared_folder(tmp_path_factory, tiny_model, tiny_corpus) -> Path:
+    """A folder in which base, prepare and tokenize have run, for a training of 16 steps."""
+    folder = make_training_folder(tmp_path_factory.mktemp("prepared") / "project", tiny_model, tiny_corpus)
+    from stages import base, prepare, tokenize
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for stage in (base.main, prepare.main, tokenize.main):
+            run_stage(stage)
+    return folder
+
+
+@pytest.fixture
+def training_folder(tmp_path, prepared_folder, monkeypatch) -> Path:
+    """The working directory: a copy of the prepared folder, in which train can run."""
+    folder = tmp_path / "training"
+    shutil.copytree(prepared_folder, folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def stop_training(monkeypatch):
+    """A function that runs train, sends it a signal during a step, and returns what it printed."""
+    from gpt2lora.training import loop
+    from stages import train
+
+    def stop(stop_step: int, number: int = signal.SIGTERM) -> str:
+        def lr_and_signal(step, *others):
+            if step == stop_step:
+                os.kill(os.getpid(), number)
+            return lr_at_step(step, *others)
+
+        lr_at_step = loop.lr_at_step
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "lr_at_step", lr_and_signal)
+            return run_stage(train.main, code=128 + number)
+
+    return stop

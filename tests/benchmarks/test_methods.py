@@ -175,6 +175,7 @@ def test_settings_are_read_as_in_params_yaml():
     assert workspace.settings(asked) == values
 
 
+@pytest.mark.slow
 def test_two_methods_are_tuned_and_evaluated(tmp_path, tiny_corpus, tiny_model, monkeypatch):
     monkeypatch.setattr(methods, "RATES", (2e-2,))
     monkeypatch.setattr(methods, "SEEDS", (0,))

@@ -24,6 +24,7 @@ def few_tokens(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "target", "bits"),
     [("lora", "c_attn", 4), ("qlora", "all-linear", 4), ("qlora", "all-linear", 8), ("full", "all-linear", 4)],

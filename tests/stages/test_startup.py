@@ -1,8 +1,10 @@
-"""What a stage loads before it works: nothing for its help, and later only what it uses."""
+"""Start-up: --help imports no heavy package, and a stage imports only the packages that it uses."""
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tiny
@@ -10,7 +12,7 @@ import tiny
 STAGES = ("base", "prepare", "tokenize", "train", "evaluate")
 COMMANDS = ("compare", "dequantize", "export", "generate")
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "datasets", "huggingface_hub", "numpy", "tokenizers"}
-RUN = """
+RUN_MODULE = """
 import json, resource, runpy, sys
 try:
     sys.argv[0] = sys.argv[1]
@@ -19,20 +21,17 @@ except SystemExit as end:
     assert not end.code, end.code
 used = resource.getrusage(resource.RUSAGE_SELF)
 print()
-print(json.dumps({"modules": sorted(sys.modules), "seconds": used.ru_utime + used.ru_stime}))
+print(json.dumps({"modules": sorted(sys.modules), "cpu_seconds": used.ru_utime + used.ru_stime}))
 """
 
 
-def loaded(module: str, *arguments: str, folder=tiny.ROOT) -> dict:
-    """Run a module in a process of its own; return the modules loaded at its end, and the seconds of CPU it took."""
-    import json
-
+def run_module(module: str, *arguments: str, folder: Path = tiny.ROOT) -> dict:
+    """Run a module in a process of its own; return the modules that are loaded at its end, and its CPU seconds."""
     environment = tiny.environment() | {"PYTHONPATH": str(tiny.ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, module, *arguments], cwd=folder, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    command = [sys.executable, "-c", RUN_MODULE, module, *arguments]
+    process = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize(
@@ -40,11 +39,11 @@ def loaded(module: str, *arguments: str, folder=tiny.ROOT) -> dict:
     [*([f"stages.{name}"] for name in STAGES), ["gpt2lora"], *(["gpt2lora", name] for name in COMMANDS)],
     ids=" ".join,
 )
-def test_help_loads_nothing_heavy_and_is_quick(words):
-    runs = [loaded(*words, "--help") for _ in range(3)]
+def test_help_is_quick_and_loads_nothing_heavy(words):
+    runs = [run_module(*words, "--help") for _ in range(3)]
     assert not HEAVY & set(runs[0]["modules"])
-    # Of CPU, the least of three: others on the machine slow a clock down, and hardly this.
-    assert min(run["seconds"] for run in runs) < 0.3
+    # CPU time, and the least of three runs: other processes hardly change it.
+    assert min(run["cpu_seconds"] for run in runs) < 0.3
 
 
 def test_prepare_and_tokenize_load_only_what_they_use(project, tiny_model):
@@ -53,28 +52,29 @@ def test_prepare_and_tokenize_load_only_what_they_use(project, tiny_model):
         ("prepare", ["--out", "raw"], set()),
         ("tokenize", ["--raw", "raw", "--base", "base", "--out", "tokens"], {"numpy", "tokenizers"}),
     ):
-        found = set(loaded(f"stages.{stage}", *arguments, folder=project)["modules"])
-        assert HEAVY & found <= used, stage
+        modules = set(run_module(f"stages.{stage}", *arguments, folder=project)["modules"])
+        assert HEAVY & modules <= used, stage
 
 
-CYCLE = """
+REFERENCE_CYCLE = """
 from gpt2lora.pipeline import cli
 
 class Garbage:
     def __del__(self):
-        print("searched for garbage", flush=True)
+        print("collected", flush=True)
 
 @cli.command
 def main():
-    "Leave a cycle behind."
-    thing = Garbage()
-    thing.itself = thing
+    "Leave a reference cycle behind."
+    garbage = Garbage()
+    garbage.itself = garbage
 
 main()
 """
 
 
-def test_a_stage_does_not_search_all_of_torch_for_garbage_when_it_exits():
+def test_no_garbage_is_collected_at_exit():
+    """Searching all objects of torch for reference cycles would take long, and find next to none."""
     environment = tiny.environment() | {"PYTHONPATH": str(tiny.ROOT)}
-    done = subprocess.run([sys.executable, "-c", CYCLE], env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    process = subprocess.run([sys.executable, "-c", REFERENCE_CYCLE], env=environment, capture_output=True, text=True)
+    assert (process.returncode, process.stdout) == (0, ""), process.stderr

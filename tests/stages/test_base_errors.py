@@ -1,0 +1,146 @@
+"""A model that base cannot use: one line, and earlier outputs unchanged. Pickles and code are never copied or run."""
+
+import json
+from pathlib import Path
+
+import pytest
+from bad_input import error_line, update_json
+from click.testing import CliRunner
+
+from gpt2lora.dataset import tokenizer
+from gpt2lora.model.loading import load_fp32, load_on_meta
+from gpt2lora.pipeline.cli import StageError
+from stages import base
+
+# Configuration and weights
+
+
+def test_a_missing_configuration_is_reported(stage_folder):
+    (stage_folder / "model" / "config.json").unlink()
+    assert error_line(base.main).startswith("model: no config.json: ")
+
+
+def test_a_configuration_of_no_language_model_is_refused(stage_folder):
+    (stage_folder / "model" / "config.json").write_text("{}")
+    assert error_line(base.main).startswith("model: config.json holds no vocab_size: ")
+
+
+@pytest.mark.parametrize(("key", "value"), [("n_positions", -3), ("n_positions", "64"), ("vocab_size", "300")])
+def test_an_invalid_size_in_the_configuration_is_refused(stage_folder, key, value):
+    update_json(stage_folder / "model" / "config.json", **{key: value})
+    assert error_line(base.main) == f"model: config.json: {key} is {value!r}: expected an integer above 0"
+
+
+def test_damaged_weights_are_reported(stage_folder):
+    """The file is a pointer, as in a clone without Git LFS."""
+    (stage_folder / "model" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert "model.safetensors" in error_line(base.main)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth", "model.ckpt"])
+def test_a_model_with_only_pickled_weights_is_refused(stage_folder, name):
+    (stage_folder / "model" / "model.safetensors").rename(stage_folder / "model" / name)
+    line = error_line(base.main)
+    assert line.startswith(f"model: no *.safetensors ({name}: pickled weights can run code, so they are refused)")
+
+
+def test_pickles_and_code_are_not_copied(stage_folder):
+    others = {"pytorch_model.bin", "modeling_gpt2.py", "tf_model.h5", "tokenizer.pkl", "tokenizer_gpt.py"}
+    needed = {path.name for path in (stage_folder / "model").iterdir()}
+    for name in others:
+        (stage_folder / "model" / name).write_text("never read")
+    result = CliRunner().invoke(base.main, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in Path("data/base").iterdir()} == needed | {"manifest.json"}
+
+
+# Code that comes with a model
+
+
+@pytest.fixture
+def add_code(stage_folder, monkeypatch):
+    """A function that adds code to the model, which exits if it runs, and sets the model's type."""
+
+    def add(model_type: str) -> None:
+        classes = {"AutoConfig": "modeling_own.Own", "AutoModelForCausalLM": "modeling_own.Own"}
+        update_json(stage_folder / "model" / "config.json", model_type=model_type, auto_map=classes)
+        code = "raise SystemExit('the code that came with the model ran')\n"
+        (stage_folder / "model" / "modeling_own.py").write_text(code)
+
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # the answer if transformers asks whether to run it
+    return add
+
+
+def test_a_model_that_needs_its_own_code_is_refused(add_code):
+    add_code("own")
+    line = error_line(base.main)
+    assert line == "model: transformers has no language model 'own', and code that comes with a model is never run"
+    for load in (load_on_meta, load_fp32):
+        with pytest.raises(StageError, match="code that comes with a model is never run"):
+            load(Path("model"), *[Path("model")] * (load is load_fp32))
+
+
+def test_code_that_a_model_does_not_need_is_ignored(add_code):
+    add_code("gpt2")
+    result = CliRunner().invoke(base.main, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert type(load_fp32(Path("model"), Path("model"))).__name__ == "GPT2LMHeadModel"
+    assert not list(Path("data/base").glob("*.py"))
+
+
+# Tokenizer
+
+
+@pytest.mark.parametrize("remaining", ["", "vocab.json", "merges.txt"])
+def test_a_missing_tokenizer_is_reported(stage_folder, remaining):
+    folder = stage_folder / "model"
+    parts = json.loads((folder / "tokenizer.json").read_text())["model"]
+    (folder / "tokenizer.json").unlink()
+    if remaining == "vocab.json":
+        (folder / remaining).write_text(json.dumps(parts["vocab"]))
+    if remaining == "merges.txt":
+        (folder / remaining).write_text("".join(f"{one} {other}\n" for one, other in parts["merges"]))
+    line = error_line(base.main)
+    assert line == "model: no tokenizer: expected tokenizer.json, or vocab.json and merges.txt"
+
+
+def test_a_damaged_tokenizer_is_reported(stage_folder):
+    (stage_folder / "model" / "tokenizer.json").write_text('{"version": "1.0"')
+    assert "tokenizer.json" in error_line(base.main)
+
+
+def test_a_truncated_vocabulary_is_reported(stage_folder):
+    (stage_folder / "model" / "tokenizer.json").unlink()
+    (stage_folder / "model" / "vocab.json").write_text('{"a": ')
+    (stage_folder / "model" / "merges.txt").write_text("#version: 0.2\na b\n")
+    assert error_line(base.main).startswith("model: the tokenizer's files are damaged: ")
+
+
+def test_added_tokens_of_a_slow_tokenizer_are_kept(stage_folder):
+    source = stage_folder / "model"
+    vocabulary = json.loads((source / "tokenizer.json").read_text())["model"]
+    (source / "vocab.json").write_text(json.dumps(vocabulary["vocab"]))
+    (source / "merges.txt").write_text("\n".join(" ".join(pair) for pair in vocabulary["merges"]))
+    (source / "added_tokens.json").write_text(json.dumps({"<extra>": len(vocabulary["vocab"])}))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (source / name).unlink()
+    update_json(source / "config.json", vocab_size=400)
+    assert CliRunner().invoke(base.main, catch_exceptions=False).exit_code == 0
+    saved = tokenizer.load_tokenizer(Path("data/base"))
+    assert saved.token_to_id("<extra>") == len(vocabulary["vocab"])
+
+
+def test_more_tokens_than_embedding_rows_are_refused(stage_folder):
+    update_json(stage_folder / "model" / "config.json", vocab_size=299)
+    line = error_line(base.main)
+    assert line == "model: the tokenizer has an id 299, the embedding only 299 rows: not a pair"
+
+
+def test_a_token_id_without_an_embedding_row_is_refused(stage_folder):
+    """There are fewer tokens than rows, but one id lies far beyond the last row."""
+    file = stage_folder / "model" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary[max(vocabulary, key=vocabulary.get)] = 70_000
+    file.write_text(json.dumps(content))
+    assert error_line(base.main) == "model: the tokenizer has an id 70,000, the embedding only 300 rows: not a pair"
