@@ -4,6 +4,8 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help demo test test-all test-slow test-kill verify bench install clean
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
@@ -36,10 +38,12 @@ bench: $(INSTALLED) ## measure training against transformers' Trainer, plain and
 install: $(INSTALLED) ## set up .venv only
 	@echo "Activate the environment: . .venv/bin/activate"
 
+# pip is upgraded first, and Python files are compiled when they are first imported: both make the install shorter.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Error: Python 3.11 or newer is needed, this is " + sys.version)'
 	$(PYTHON) -m venv .venv
-	$(PYTHON) tools/heartbeat.py 'pip install' $(BIN)/python -m pip install --progress-bar off --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(PYTHON) tools/heartbeat.py 'pip install' $(BIN)/python -m pip install --progress-bar off --no-compile --constraint constraints.txt --editable '.[test]'
 	@touch $@
 
 clean: ## remove .venv and all caches of tools

@@ -18,7 +18,7 @@ from gpt2lora.sample import corpus
 
 END_OF_TEXT = "<|endoftext|>"
 VOCABULARY, POSITIONS, LAYERS, WIDTH, HEADS = 2048, 128, 4, 128, 4
-BATCH_SIZE, LEARNING_RATE, WARMUP, WEIGHT_DECAY, CLIP_NORM = 8, 4e-3, 0.05, 0.01, 1.0
+STEPS, BATCH_SIZE, LEARNING_RATE, WARMUP, WEIGHT_DECAY, CLIP_NORM = 300, 8, 4e-3, 0.05, 0.01, 1.0
 
 
 def make_sample_model(folder: Path, seed: int) -> None:
@@ -66,17 +66,18 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
 
 
 def train(model: GPT2LMHeadModel, stream: torch.Tensor, seed: int) -> None:
-    """Train all weights for one epoch in fp32: AdamW, linear warm-up, cosine decay to 0.
+    """Train all weights in fp32 for STEPS steps, each on other blocks: AdamW, linear warm-up, cosine decay to 0.
 
     Args:
         stream: (tokens,) int64, all texts one after the other. What does not fill the last block is left out.
     """
     blocks = stream[: (len(stream) - 1) // POSITIONS * POSITIONS + 1].unfold(0, POSITIONS + 1, POSITIONS)
-    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed)).split(BATCH_SIZE)
+    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))[: STEPS * BATCH_SIZE]
+    batches = order.split(BATCH_SIZE)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=WEIGHT_DECAY, fused=True)
-    warmup = math.ceil(WARMUP * len(order))
-    for step, rows in enumerate(tqdm(order, "base", unit="step", leave=False), start=1):
-        decay = 0.5 * (1 + math.cos(math.pi * max(0, step - 1 - warmup) / (len(order) - warmup)))
+    warmup = math.ceil(WARMUP * len(batches))
+    for step, rows in enumerate(tqdm(batches, "base", unit="step", leave=False), start=1):
+        decay = 0.5 * (1 + math.cos(math.pi * max(0, step - 1 - warmup) / (len(batches) - warmup)))
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(step / warmup, decay)
         logits = model(input_ids=blocks[rows, :-1], use_cache=False).logits
         F.cross_entropy(logits.flatten(0, 1), blocks[rows, 1:].flatten()).backward()
