@@ -18,7 +18,7 @@ from gpt2lora.sample import corpus
 
 END_OF_TEXT = "<|endoftext|>"
 VOCABULARY, POSITIONS, LAYERS, WIDTH, HEADS = 2048, 128, 4, 128, 4
-STEPS, BATCH_SIZE, LEARNING_RATE, WARMUP, WEIGHT_DECAY, CLIP_NORM = 300, 8, 4e-3, 0.05, 0.01, 1.0
+STEPS, BATCH_SIZE, LEARNING_RATE, WARMUP, WEIGHT_DECAY, CLIP_NORM = 520, 4, 2e-3, 0.05, 0.01, 1.0
 
 
 def make_sample_model(folder: Path, seed: int) -> None:
