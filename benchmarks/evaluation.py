@@ -37,7 +37,7 @@ def main(folder: Path, text: Path, stride: int, count: int | None, precision: st
     from stages.tokenize import choose_block_size
 
     require_file(folder / "tokenizer.json", "base")
-    context = choose_block_size(None, AutoConfig.from_pretrained(folder, local_files_only=True).to_dict())
+    context = choose_block_size(None, AutoConfig.from_pretrained(folder, local_files_only=True).to_dict(), 0)
     if stride > context:
         raise StageError(f"--stride: expected 1 to {context}, the model's context, not {stride}")
     content = "\n\n".join(protocols.hub_rows(text.read_bytes().decode("utf-8")))

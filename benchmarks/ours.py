@@ -55,7 +55,7 @@ def main(base: Path, tokens: Path, method: str, bits: str, target: str, rank: in
         train, lora = replace(train, base_dropout=dropout), replace(lora, dropout=dropout)
     quantization = QuantizationParams(int(bits), "nf4", bits == "4") if method == "qlora" else None
 
-    split = load_blocks(tokens, "train")
+    split = load_blocks(tokens, "train", ())
     full = np.flatnonzero(split.lengths >= split.ids.shape[1] - 1)[
         : steps * batch_size
     ]  # as hf_trainer.py selects them
@@ -68,7 +68,7 @@ def main(base: Path, tokens: Path, method: str, bits: str, target: str, rank: in
     dtype = device.compute_dtype(train.precision, target_device)
     model, _ = loading.load_for_training(base, method, quantization, lora, dtype)
     times = record_step_times(loop, target_device, {warmup, steps})
-    history = loop.fit(model, blocks, load_blocks(tokens, "validation"), train, 0)
+    history = loop.fit(model, blocks, load_blocks(tokens, "validation", ()), train, 0)
     block_size = blocks.ids.shape[1] - 1
     record = {
         "tokens_per_second": block_size * batch_size * (steps - warmup) / (times[-1] - times[warmup - 1]),

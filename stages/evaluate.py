@@ -73,7 +73,7 @@ def main(raw: Path, tokens: Path, base: Path, adapter: Path, loss: Path, out: Pa
     verify_digests(raw, manifest["raw"], tokens / MANIFEST, "prepare tokenize")
     stride = choose_stride(evaluate, manifest["block_size"])
     text, tokenizer = read_test_text(raw), load_tokenizer(base)
-    task = build_task(evaluate.protocol, stride, manifest, text, tokens, tokenizer)
+    task = build_task(evaluate.protocol, stride, manifest, text, tokens, base)
     if len(task.windows) == 0 or task.words == 0:
         raise StageError(f"{raw}/test.txt: nothing to score: expected a word at least, and a token to predict")
 
@@ -83,7 +83,7 @@ def main(raw: Path, tokens: Path, base: Path, adapter: Path, loss: Path, out: Pa
     from gpt2lora.scoring.log_likelihood import score_windows
 
     dtype = device.compute_dtype(evaluate.precision, device.pick_device())
-    prompts = choose_prompts(text, tokenizer, manifest["block_size"])
+    prompts = choose_prompts(text, tokenizer, manifest["block_size"], manifest["prefix"])
     scores, metrics, samples = {}, {}, [prompts.ids]
     for name, load in (
         ("base", lambda: loading.load_base(base, None, dtype)),
@@ -104,11 +104,12 @@ def main(raw: Path, tokens: Path, base: Path, adapter: Path, loss: Path, out: Pa
         file.write_text(json.dumps(metrics, indent=2) + "\n")
     plots.draw_plots(plots.TRAINING_PLOTS, loss, out.parent / "plots")
     plots.draw_plots(plots.TEST_PLOTS, positions, out.parent / "plots")
+    prefix = "".join(map(tokenizer.id_to_token, manifest["prefix"]))
     outputs = {"base": base, "prepare": raw, "tokenize": tokens, "train": adapter}
     records = {stage: environment.read_record(folder, stage) for stage, folder in outputs.items()}
     facts = {
         "method": report.describe_method(*loading.read_method(adapter)),
-        "scored": report.describe_scoring(evaluate.protocol, manifest, stride),
+        "scored": report.describe_scoring(evaluate.protocol, manifest, stride, prefix),
         "precision": str(dtype).removeprefix("torch."),
     }
     records["evaluate"] = environment.describe_run(started, **facts)

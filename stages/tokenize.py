@@ -21,6 +21,7 @@ from gpt2lora.dataset.tokenizer import (
     load_tokenizer,
     max_context,
     read_lines,
+    text_prefix,
 )
 from gpt2lora.pipeline import environment, params
 from gpt2lora.pipeline.artifacts import MANIFEST, atomic_output, digests, read_json, require_file, verify_folder
@@ -55,9 +56,9 @@ def main(raw: Path, base: Path, out: Path) -> None:
     verify_folder(base, "base")
     verify_folder(raw, "prepare")
     config = read_json(base / "config.json", "base", "vocab_size")
-    block_size = choose_block_size(tokenize.block_size, config)
     tokenizer = load_tokenizer(base)
-    end = end_of_text_id(base, config, tokenizer)
+    end, prefix = end_of_text_id(base, config, tokenizer), text_prefix(tokenizer)
+    block_size = choose_block_size(tokenize.block_size, config, len(prefix))
     dtype = blocks.token_dtype(config["vocab_size"])
 
     splits = {}
@@ -68,11 +69,11 @@ def main(raw: Path, base: Path, out: Path) -> None:
             if tokenize.layout == "packed":
                 lines = mark_article_starts(read_lines(text, PIECE_CHARACTERS))
                 stream = encode_articles(tokenizer, lines, end, dtype, counts)
-                parts = blocks.pack_stream(stream, block_size, end)
+                parts = blocks.pack_stream(stream, block_size, end, prefix)
             else:
-                parts = encode_paragraphs(tokenizer, read_lines(text), block_size, end, dtype, counts)
+                parts = encode_paragraphs(tokenizer, read_lines(text), block_size, end, dtype, counts, prefix)
             blocks.save_stream(parts, block_size + 1, dtype, folder, split)
-            saved = blocks.load_blocks(folder, split)
+            saved = blocks.load_blocks(folder, split, prefix)
             if len(saved) == 0:
                 raise StageError(f"{text}: the {split} split is empty: it has no token to predict; add text")
             splits[split] = counts | {"rows": len(saved), "predicted_tokens": saved.targets}
@@ -84,6 +85,7 @@ def main(raw: Path, base: Path, out: Path) -> None:
             "dtype": dtype.__name__,
             "vocabulary_size": tokenizer.get_vocab_size(),
             "end_of_text_id": end,
+            "prefix": prefix,
             "splits": splits,
             "files": digests(folder, "*.npy"),
             "base": digests(base),
@@ -93,15 +95,21 @@ def main(raw: Path, base: Path, out: Path) -> None:
     environment.write_record(out, "tokenize", started)
 
 
-def choose_block_size(block_size: int | None, config: dict) -> int:
-    """Return the context in tokens: tokenize.block_size, or by default the model's number of positions."""
+def choose_block_size(block_size: int | None, config: dict, prefix: int) -> int:
+    """Return the context in tokens: tokenize.block_size, or by default the model's number of positions.
+
+    Args:
+        prefix: number of ids that begin each row.
+    """
     positions = max_context(config)
     if positions is None and block_size is None:
         expected = "an integer, since the model's config names no longest context"
         raise params.invalid("tokenize.block_size", None, expected)
     if positions and block_size and block_size > positions:
         raise params.invalid("tokenize.block_size", block_size, f"at most {positions}, the model's n_positions")
-    return block_size or positions
+    context = block_size or positions
+    params.require(context >= prefix, "tokenize.block_size", context, f"at least {prefix}, the ids before each row")
+    return context
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def main(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path) 
 
     method, quantization, lora_params, options = read_params()
     seed = params.seed()
-    read_token_manifest(tokens, base)
+    prefix = read_token_manifest(tokens, base)["prefix"]
     if method != "full":
         lora.select_target_layers(list(lora.linear_layers(loading.load_on_meta(base))), lora_params)
 
@@ -72,7 +72,7 @@ def main(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path) 
         device.make_deterministic()
     torch.manual_seed(seed)
     model, initial_factors = loading.load_for_training(base, method, quantization, lora_params, dtype)
-    train, validation = load_blocks(tokens, "train"), load_blocks(tokens, "validation")
+    train, validation = load_blocks(tokens, "train", prefix), load_blocks(tokens, "validation", prefix)
 
     sections = {"quantization": quantization, "lora": lora_params, "train": options}
     values = {name: section and asdict(section) for name, section in sections.items()}

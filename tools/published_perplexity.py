@@ -65,7 +65,7 @@ def measure(base: Path, text: str, batch_size: int | None) -> dict[str, float]:
     """Return the three perplexities of the model in `base` on a raw test split."""
     config = json.loads(require_file(base / "config.json", "base").read_text(encoding="utf-8"))
     tokenizer = load_tokenizer(base)
-    context = choose_block_size(None, config)
+    context = choose_block_size(None, config, 0)
     end = end_of_text_id(base, config, tokenizer)
     echo("verify: loading torch and transformers")
     import torch

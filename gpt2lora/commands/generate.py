@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gpt2lora.dataset.tokenizer import end_of_text_id, load_tokenizer, max_context
+from gpt2lora.dataset.tokenizer import end_of_text_id, load_tokenizer, max_context, text_prefix
 from gpt2lora.pipeline.artifacts import read_json, verify_folder
 from gpt2lora.pipeline.cli import StageError, command
 
@@ -68,7 +68,8 @@ def main(prompt: str, base: bool, max_new_tokens: int, greedy: bool, seed: int, 
     config = read_json(BASE / "config.json", "base", "vocab_size")
     tokenizer = load_tokenizer(BASE)
     end = end_of_text_id(BASE, config, tokenizer)
-    ids = encode_prompt(tokenizer, prompt) or [end]  # in training, a text follows the end of another
+    ids = text_prefix(tokenizer) + encode_prompt(tokenizer, prompt)
+    ids = ids or [end]  # in training, a text follows the end of another
     check_length(len(ids), max_new_tokens, config)
     import torch
     from transformers import TextStreamer

@@ -1,7 +1,7 @@
 """The base model's tokenizer, and texts encoded as token ids, a bounded number of characters at a time."""
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,16 +42,34 @@ def load_tokenizer(base: Path) -> "Tokenizer":
 
 def end_of_text_id(base: Path, config: dict, tokenizer: "Tokenizer") -> int:
     """Return the id that ends a text: eos_token of tokenizer_config.json, else eos_token_id of config.json."""
-    settings = base / "tokenizer_config.json"
-    token = read_json(settings, "base").get("eos_token") if settings.is_file() else None
-    if isinstance(token, dict):
-        token = token.get("content")
-    end = tokenizer.token_to_id(token) if isinstance(token, str) else config.get("eos_token_id")
+    token = special_token(base, "eos_token")
+    end = tokenizer.token_to_id(token) if token is not None else config.get("eos_token_id")
     if isinstance(end, list) and end:
         end = end[0]
     if not isinstance(end, int) or not 0 <= end < config["vocab_size"]:
         raise StageError(f"{base}: no end-of-text token: expected eos_token in tokenizer_config.json")
     return end
+
+
+def special_token(base: Path, name: str) -> str | None:
+    """Return the text of a special token of tokenizer_config.json, such as "bos_token", or None."""
+    settings = base / "tokenizer_config.json"
+    token = read_json(settings, "base").get(name) if settings.is_file() else None
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def text_prefix(tokenizer: "Tokenizer") -> list[int]:
+    """Return the ids that the tokenizer puts before every text, such as <bos>: [] for GPT-2.
+
+    The post-processor of tokenizer.json is asked by encoding a text. transformers 5 does not read `add_bos_token` of
+    tokenizer_config.json where there is a tokenizer.json.
+    """
+    plain = tokenizer.encode("a", add_special_tokens=False).ids
+    whole = tokenizer.encode("a", add_special_tokens=True).ids
+    starts = [start for start in range(len(whole)) if whole[start : start + len(plain)] == plain]
+    return whole[: starts[-1]] if starts else []
 
 
 def read_lines(path: Path, max_length: int = -1) -> Iterator[str]:
@@ -128,9 +146,15 @@ def find_cut(tokenizer: "Tokenizer", text: str) -> int:
 
 
 def encode_paragraphs(
-    tokenizer: "Tokenizer", lines: Iterable[str], block_size: int, end: int, dtype: type, counts: dict[str, int]
+    tokenizer: "Tokenizer",
+    lines: Iterable[str],
+    block_size: int,
+    end: int,
+    dtype: type,
+    counts: dict[str, int],
+    prefix: Sequence[int],
 ) -> "Iterator[Blocks]":
-    """Yield blocks of one paragraph each, ended by the end-of-text id, 1,000 at a time.
+    """Yield blocks of one paragraph each, between the prefix and the end-of-text id, 1,000 at a time.
 
     Args:
         counts: "texts" and "tokens" are added to.
@@ -143,7 +167,7 @@ def encode_paragraphs(
     while texts := [np.append(ids, dtype(end)) for ids in itertools.islice(encoded, 1000)]:
         counts["texts"] += len(texts)
         counts["tokens"] += sum(map(len, texts))
-        yield blocks.pad_texts(texts, block_size, end)
+        yield blocks.pad_texts(texts, block_size, end, prefix)
 
 
 def encode_texts(tokenizer: "Tokenizer", texts: Iterable[str], dtype: type) -> "Iterator[np.ndarray]":

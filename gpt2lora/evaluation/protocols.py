@@ -2,18 +2,23 @@
 
 - native: the tokens as in training, in the layout of `tokenize`. Packed, the articles are one stream, separated by the
   end-of-text token: the model learned to predict it, so it counts as a scored token, but not as a word or byte. Padded,
-  each paragraph is scored by itself, with the end-of-text token at its end.
+  each paragraph is scored by itself, with the end-of-text token at its end; its first token is predicted from the
+  prefix, or without one from the end-of-text token.
 - hf: the text of the perplexity page in transformers' documentation: the hub's rows joined by two newlines.
   https://huggingface.co/docs/transformers/perplexity
 - lm-eval: the task `wikitext` of EleutherAI's lm-evaluation-harness: each article by itself, in rolling windows, its
   first token predicted from the end-of-text token. Detokenized text is scored, words of the original text are counted.
   https://github.com/EleutherAI/lm-evaluation-harness/tree/main/lm_eval/tasks/wikitext
 
+If the tokenizer puts a prefix such as <bos> before a text, it stands before each window with native, and only at the
+beginning of the text with hf. lm-eval predicts an article's first token from <bos>, with or without such a prefix.
+
 Words (separated by white space) and UTF-8 bytes are those of the original text. lm-eval counts words in its own way,
 with empty ones at the ends of an article.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +26,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gpt2lora.dataset.blocks import Blocks, load_blocks
-from gpt2lora.dataset.tokenizer import encode_texts, split_paragraphs
+from gpt2lora.dataset.tokenizer import encode_texts, load_tokenizer, special_token, split_paragraphs
 from gpt2lora.pipeline.artifacts import require_file
 from gpt2lora.scoring.windows import Windows, block_windows, rolling_windows, sliding_windows, unpack_stream
 
@@ -65,36 +70,53 @@ class Task:
     bytes: int
 
 
-def build_task(protocol: str, stride: int, manifest: dict, text: str, tokens: Path, tokenizer: "Tokenizer") -> Task:
+def build_task(protocol: str, stride: int, manifest: dict, text: str, tokens: Path, base: Path) -> Task:
     """Return what a protocol scores.
 
     Args:
         protocol: "native", "hf" or "lm-eval". stride: tokens from one window to the next.
         manifest: of the folder `tokens`, data/tokens.
         text: the test split.
+        base: the folder of the tokenizer.
     """
+    tokenizer, end, prefix = load_tokenizer(base), manifest["end_of_text_id"], manifest["prefix"]
     if protocol == "native":
-        return native_task(load_blocks(tokens, "test"), manifest["layout"], text, tokenizer, stride)
+        test = load_blocks(tokens, "test", prefix)
+        if manifest["layout"] == "packed":
+            return packed_task(test, text, stride, prefix)
+        return padded_task(test, text, tokenizer, prefix, end)
     if protocol == "hf":
-        return hf_task(text, tokenizer, manifest["block_size"], stride)
-    return lm_eval_task(text, tokenizer, manifest["end_of_text_id"], manifest["block_size"])
+        return hf_task(text, tokenizer, manifest["block_size"], stride, prefix)
+    bos = tokenizer.token_to_id(special_token(base, "bos_token") or "")
+    return lm_eval_task(text, tokenizer, end if bos is None else bos, manifest["block_size"])
 
 
-def native_task(test: Blocks, layout: str, text: str, tokenizer: "Tokenizer", stride: int) -> Task:
-    """Score packed blocks as the stream that they were cut from, padded ones each by itself.
+def packed_task(test: Blocks, text: str, stride: int, prefix: Sequence[int]) -> Task:
+    """Score packed blocks as the stream that they were cut from. text: the test split, whose tokens `test` holds."""
+    windows = sliding_windows([unpack_stream(test, prefix)], test.ids.shape[1] - 1, stride, prefix)
+    return Task(windows, len(text.split()), len(text.encode()))
+
+
+def padded_task(test: Blocks, text: str, tokenizer: "Tokenizer", prefix: Sequence[int], end: int) -> Task:
+    """Score padded blocks each by itself.
+
+    A row without a prefix does not predict its first token. It is predicted from `end` here, since its word and its
+    bytes count.
 
     Args:
-        text: the test split, whose tokens `test` holds.
         tokenizer: needed to find how much of a truncated paragraph its row holds.
     """
-    if layout == "packed":
-        windows = sliding_windows([unpack_stream(test)], test.ids.shape[1] - 1, stride)
-        return Task(windows, len(text.split()), len(text.encode()))
-    kept = [paragraph_in_row(paragraph, tokenizer, test.ids.shape[1]) for paragraph in split_paragraphs(text)]
-    return Task(block_windows(test), sum(len(part.split()) for part in kept), sum(len(part.encode()) for part in kept))
+    width = test.ids.shape[1]
+    if prefix:
+        windows = block_windows(test)
+    else:
+        rows = (ids[:length] for ids, length in zip(test.ids, test.lengths, strict=True))
+        windows = rolling_windows([np.append(ids.dtype.type(end), ids) for ids in rows], width - 1)
+    kept = [paragraph_in_row(each, tokenizer, width - len(prefix)) for each in split_paragraphs(text)]
+    return Task(windows, sum(len(part.split()) for part in kept), sum(len(part.encode()) for part in kept))
 
 
-def hf_task(text: str, tokenizer: "Tokenizer", context: int, stride: int) -> Task:
+def hf_task(text: str, tokenizer: "Tokenizer", context: int, stride: int, prefix: Sequence[int] = ()) -> Task:
     """Score the hub's rows joined by two newlines, in sliding windows.
 
     The documentation's loop reads the same windows but never uses the last logits of a window. Here they predict the
@@ -102,15 +124,16 @@ def hf_task(text: str, tokenizer: "Tokenizer", context: int, stride: int) -> Tas
     the same weight; the loop weights each window by one token less than it scores. On WikiText-2 both differences
     change GPT-2's perplexity by less than 0.1 %.
     """
-    ids = list(encode_texts(tokenizer, ["\n\n".join(hub_rows(text))], np.uint32))
-    return Task(sliding_windows(ids, context, stride), len(text.split()), len(text.encode()))
+    (ids,) = encode_texts(tokenizer, ["\n\n".join(hub_rows(text))], np.uint32)
+    ids = np.concatenate([np.array(prefix, np.uint32), ids])
+    return Task(sliding_windows([ids], context, stride), len(text.split()), len(text.encode()))
 
 
-def lm_eval_task(text: str, tokenizer: "Tokenizer", end: int, context: int) -> Task:
-    """Score each page by itself in rolling windows; its first token is predicted from the id `end`."""
+def lm_eval_task(text: str, tokenizer: "Tokenizer", first: int, context: int) -> Task:
+    """Score each page by itself in rolling windows; its first token is predicted from the id `first`."""
     pages = split_pages(text)
     encoded = encode_texts(tokenizer, [detokenize(page) for page in pages], np.uint32)
-    texts = [np.append(np.uint32(end), ids) for ids in encoded]
+    texts = [np.append(np.uint32(first), ids) for ids in encoded]
     words = sum(len(re.split(r"\s+", page)) for page in pages)
     return Task(rolling_windows(texts, context), words, sum(len(page.encode()) for page in pages))
 

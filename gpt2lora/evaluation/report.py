@@ -96,14 +96,22 @@ def describe_method(method: str, quantization: "QuantizationParams | None") -> s
     return f"{method}, on a base of {quantization.bits} bits{kind}"
 
 
-def describe_scoring(protocol: str, manifest: dict, stride: int) -> str:
-    """Return the protocol and its windows in words. manifest: that of data/tokens."""
+def describe_scoring(protocol: str, manifest: dict, stride: int, prefix: str) -> str:
+    """Return the protocol and its windows in words.
+
+    Args:
+        manifest: that of data/tokens.
+        prefix: the tokens that the tokenizer puts before a text, "" for none.
+    """
     windows = f"{protocol}, in windows of {manifest['block_size']:,} tokens"
     if protocol == "lm-eval":
         return windows
-    if protocol == "native" and manifest["layout"] == "padded":
-        return f"{protocol}, each paragraph by itself, of at most {manifest['block_size']:,} tokens"
-    return f"{windows}, {stride:,} apart"
+    if protocol == "hf":
+        return f"{windows}, {stride:,} apart" + (f", {prefix} before the text" if prefix else "")
+    before = f", each after {prefix}" if prefix else ""
+    if manifest["layout"] == "padded":
+        return f"{protocol}, each paragraph by itself, of at most {manifest['block_size']:,} tokens{before}"
+    return f"{windows}, {stride:,} apart{before}"
 
 
 def metrics_table(metrics: dict) -> str:

@@ -23,29 +23,31 @@ class Prompts:
 
     ids: list[list[int]]
     new_tokens: int
+    prefix: list[int]  # ids that the model reads before each prompt
 
 
-def choose_prompts(text: str, tokenizer: "Tokenizer", context: int) -> Prompts:
+def choose_prompts(text: str, tokenizer: "Tokenizer", context: int, prefix: list[int]) -> Prompts:
     """Return the beginnings of the first, the middle and the last article of the test split, all of the same length.
 
-    Prompt and new tokens fit into `context` tokens. If the text has fewer articles, paragraphs are used.
+    Prefix, prompt and new tokens fit into `context` tokens. If the text has fewer articles, paragraphs are used.
     """
     texts = split_articles(text)
     if len(texts) < SAMPLES:
         texts = split_paragraphs(text)
     texts = texts[:: max(1, len(texts) // CANDIDATES)]
+    context -= len(prefix)
     longest = max(1, min(PROMPT_TOKENS, context // 2))
     encoded = (tokenizer.encode(each[:CHARACTERS], add_special_tokens=False).ids[:longest] for each in texts)
     prompts = [ids for ids in encoded if ids]
     length = sorted(map(len, prompts), reverse=True)[:SAMPLES][-1]
     prompts = [ids[:length] for ids in prompts if len(ids) >= length]
     chosen = sorted({round(number * (len(prompts) - 1) / (SAMPLES - 1)) for number in range(SAMPLES)})
-    return Prompts([prompts[index] for index in chosen], max(1, min(NEW_TOKENS, context - length)))
+    return Prompts([prompts[index] for index in chosen], max(1, min(NEW_TOKENS, context - length)), prefix)
 
 
 def generate_samples(model: torch.nn.Module, prompts: Prompts, end: int) -> list[list[int]]:
     """Return the token ids that a model generates after each prompt, up to the id `end`; the same at every call."""
-    inputs = torch.tensor(prompts.ids, device=next(model.parameters()).device)
+    inputs = torch.tensor([prompts.prefix + ids for ids in prompts.ids], device=next(model.parameters()).device)
     torch.manual_seed(SEED)
     outputs = model.eval().generate(
         input_ids=inputs,

@@ -12,7 +12,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.utils import logging as transformers_logging
 
 from gpt2lora.model import attention, device, lora, lora_init
-from gpt2lora.model.quantization import QuantizationParams, bitsandbytes_config, check_4bit_width
+from gpt2lora.model.quantization import (
+    QuantizationParams,
+    bitsandbytes_config,
+    check_4bit_width,
+    prepare_8bit_layer,
+)
 from gpt2lora.pipeline.artifacts import digests, read_json, require_file, verify_digests
 from gpt2lora.pipeline.cli import StageError
 
@@ -42,10 +47,7 @@ def load_base(folder: Path, quantization: QuantizationParams | None, dtype: torc
             # Otherwise the first evaluation repacks 4-bit weights in place, and training after it crashes.
             module.support_avx512bf16_for_cpu = False
         elif isinstance(module, Linear8bitLt):
-            # Initialise the 8-bit state once: on a CPU, PEFT replaces the weight by one without scales whenever DoRA
-            # reads it, and the layer would take that one over.
-            module.init_8bit_state()
-            module.init_8bit_state = lambda: None
+            prepare_8bit_layer(module)
     return model
 
 

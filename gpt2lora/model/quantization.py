@@ -1,9 +1,16 @@
-"""The frozen base in 4 or 8 bits (bitsandbytes): parameters, limits, size in memory, and conversion back to floats."""
+"""The frozen base in 4 or 8 bits (bitsandbytes): parameters, limits, size in memory, and conversion back to floats.
+
+8-bit layers compute with dequantized weights in every mode and on every device, as 4-bit layers do. bitsandbytes itself
+also rounds activations to 8 bits on a GPU and in evaluation (LLM.int8(), Dettmers et al., 2022, arXiv:2208.07339): no
+float model computes the same, its search for outliers waits for the GPU, and one outlier token changes others.
+"""
 
 import math
+import types
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from gpt2lora.pipeline import params
@@ -33,6 +40,50 @@ def check_4bit_width(name: str, width: int, device: torch.device) -> None:
             f"{name} has {width} inputs: on a CPU bitsandbytes mixes up the scales of 4-bit layers whose inputs are no "
             "multiple of 64; set methods.qlora.bits to 8 and double_quant to false, or use a GPU"
         )
+
+
+class Linear8bit(torch.autograd.Function):
+    """x W^T + bias with W = codes * absmax / 127, dequantized again in the backward pass instead of being kept.
+
+    Args of apply:
+        x: (..., in). codes: (out, in) int8. absmax: (out,) fp32, of each row. bias: (out,) or None. Only x gets a
+            gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, x, codes, absmax, bias):
+        ctx.save_for_backward(codes, absmax)
+        return F.linear(x, dequantize_8bit(codes, absmax).to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, gradient):
+        codes, absmax = ctx.saved_tensors
+        return gradient @ dequantize_8bit(codes, absmax).to(gradient.dtype), None, None, None
+
+
+def dequantize_8bit(codes: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
+    """Return the fp32 weights, (out, in), that PEFT and an export get from bitsandbytes too."""
+    return codes * absmax[:, None] * (1 / 127)
+
+
+def linear_8bit_forward(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Compute an 8-bit layer of bitsandbytes instead of its own `forward`. x: (..., in); returns (..., out)."""
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return Linear8bit.apply(x, layer.weight, layer.absmax, layer.bias)
+
+
+def prepare_8bit_layer(layer: torch.nn.Module) -> None:
+    """Initialise the 8-bit state once, and let the layer compute with dequantized weights.
+
+    On a CPU, PEFT replaces the weight by one without scales whenever DoRA reads it, and the layer would take that one
+    over.
+    """
+    layer.init_8bit_state()
+    layer.init_8bit_state = lambda: None
+    layer.register_buffer("absmax", layer.state.SCB, persistent=False)
+    # A method, not a partial: torch.compile would compile a partial again for each layer.
+    layer.forward = types.MethodType(linear_8bit_forward, layer)
 
 
 def count_frozen_parameters(model: torch.nn.Module) -> int:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from gpt2lora.dataset.blocks import Blocks
-from gpt2lora.model.head import autocast, body_and_head, check_head, to_device
+from gpt2lora.model.head import OutputHead, autocast, body_and_head, check_head, finish_logits, to_device
 from gpt2lora.scoring.windows import Windows, block_windows, concatenate_ranges
 
 # Tokens whose logits are held at once. With GPT-2's vocabulary they take 0.1 GB in fp32 on a GPU. On a CPU they take
@@ -50,7 +50,7 @@ def score_windows(
     model: torch.nn.Module, windows: Windows, batch_size: int | None, dtype: torch.dtype, label: str
 ) -> TokenScores:
     """Score all windows, `batch_size` at once, or by default as many as hold BATCH_TOKENS tokens."""
-    check_head(model, int(windows.lengths.max()) - 1)
+    check_head(model, int(windows.reads.max()))
     batch_size = batch_size or max_windows(windows, next(model.parameters()).device)
     nll, ranks = score_tokens(model, windows, batch_size, dtype, label, (token_nll, token_rank))
     return TokenScores(nll.astype(np.float64), ranks.astype(np.int64))
@@ -58,7 +58,7 @@ def score_windows(
 
 def max_windows(windows: Windows, device: torch.device) -> int:
     """Return how many windows hold BATCH_TOKENS tokens, at least one."""
-    return max(1, BATCH_TOKENS[device.type] // int(windows.lengths.max() - 1))
+    return max(1, BATCH_TOKENS[device.type] // int(windows.reads.max()))
 
 
 @torch.no_grad()
@@ -79,67 +79,77 @@ def score_tokens(
     device = next(model.parameters()).device
     body, head = body_and_head(model)
     chunk, weight = CHUNK_TOKENS[device.type], head.weight.to(torch.promote_types(head.weight.dtype, torch.float32))
-    vocabulary = len(weight)
     if device.type == "cuda":  # without a multiple of 64 rows, the product is three times as slow
-        weight = F.pad(weight, (0, 0, 0, -vocabulary % 64))
+        weight = F.pad(weight, (0, 0, 0, -len(weight) % 64))
     was_training = model.training
     model.eval()
     # The longest windows first: windows of similar length share a batch, and too little memory shows at once.
     order = np.argsort(-windows.lengths, kind="stable")
     batches = np.split(order, range(batch_size, len(order), batch_size))
-    values: list[list[torch.Tensor]] = [[] for _ in scores]
+    # Allocate results at once: many small ones between large logits keep the CPU's memory from being given back.
+    values, done = torch.empty(len(scores), int(windows.counts.sum()), dtype=weight.dtype, device=device), 0
     with _allow_tf32(device.type == "cuda" and dtype == torch.bfloat16):
         for batch in tqdm(batches, label, unit="batch", position=0, leave=False):
             inputs, positions, targets = (to_device(array, device) for array in window_batch(windows, batch))
-            with autocast(head, dtype):
+            with autocast(head.weight, dtype):
                 hidden = body(input_ids=inputs, use_cache=False).last_hidden_state
             scored = hidden.flatten(0, 1)[positions]
             for states, wanted in zip(scored.split(chunk), targets.split(chunk), strict=True):
-                logits, vocab_dim = compute_logits(weight, vocabulary, states)
-                for column, score in zip(values, scores, strict=True):
-                    column.append(score(logits, wanted.unsqueeze(vocab_dim), vocab_dim))
+                logits, vocab_dim = compute_logits(weight, head, states)
+                for row, score in enumerate(scores):
+                    values[row, done : done + len(states)] = score(logits, wanted.unsqueeze(vocab_dim), vocab_dim)
+                done += len(states)
                 del logits  # before the next batch is read
     model.train(was_training)
     # Sort the scores from the order of the batches into that of the windows.
     ends = np.cumsum(windows.counts)
     sources = np.empty(ends[-1], np.int64)
     sources[concatenate_ranges((ends - windows.counts)[order], windows.counts[order])] = np.arange(ends[-1])
-    return [torch.cat(column).cpu().numpy()[sources] for column in values]
+    return list(values.cpu().numpy()[:, sources])
 
 
 def window_batch(windows: Windows, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the inputs of some windows, the positions that are scored, and their targets, all int64.
 
-    Inputs are (windows, longest length). Shorter windows are padded on the right with tokens that are never scored;
-    causal attention needs no mask. Positions and targets are (scored tokens,); positions index the flattened inputs.
+    Inputs are (windows, longest window), the prefix included. Shorter windows are padded on the right with tokens that
+    are never scored; causal attention needs no mask. Positions and targets are (scored tokens,); positions index the
+    flattened inputs.
     """
-    lengths, skips, counts = windows.lengths[batch], windows.skips[batch], windows.counts[batch]
-    width = int(lengths.max()) - 1
-    indices = windows.starts[batch][:, None] + np.arange(width)
-    inputs = windows.ids[np.minimum(indices, len(windows.ids) - 1)]
-    targets = windows.ids[concatenate_ranges(windows.starts[batch] + skips, counts) + 1]
-    positions = concatenate_ranges(np.arange(len(batch)) * width + skips, counts)
-    return inputs.astype(np.int64), positions, targets.astype(np.int64)
+    starts, skips, counts = windows.starts[batch], windows.skips[batch], windows.counts[batch]
+    width, lead = int(windows.reads[batch].max()), len(windows.prefix)
+    indices = starts[:, None] + np.arange(width - lead)
+    inputs = np.empty((len(batch), width), np.int64)
+    inputs[:, :lead] = windows.prefix
+    inputs[:, lead:] = windows.ids[np.minimum(indices, len(windows.ids) - 1)]
+    targets = windows.ids[concatenate_ranges(starts + skips, counts)].astype(np.int64)
+    # The input at position p of a window predicts its id number p + 1 - lead.
+    positions = concatenate_ranges(np.arange(len(batch)) * width + lead + skips - 1, counts)
+    return inputs, positions, targets
 
 
-def compute_logits(weight: torch.Tensor, vocabulary: int, states: torch.Tensor) -> tuple[torch.Tensor, int]:
+def compute_logits(weight: torch.Tensor, head: OutputHead, states: torch.Tensor) -> tuple[torch.Tensor, int]:
     """Return the logits of the tokens that follow `states`, and which of their two dimensions is the vocabulary.
 
     Args:
-        weight: (at least `vocabulary`, width); rows beyond the vocabulary are padding.
+        weight: that of `head` in fp32 or fp64, (at least vocabulary, width); rows beyond the vocabulary are padding.
         states: (tokens, width).
     """
     states = states.to(weight.dtype)
-    if states.device.type == "cpu":
-        return weight @ states.T, 0  # the transposed product: 1.3 times as fast with MKL
-    logits = states @ weight.T
-    logits[:, vocabulary:] = -torch.inf
+    if states.device.type == "cpu":  # the transposed product: 1.3 times as fast with MKL
+        return finish_logits(weight @ states.T, head, vocab_dim=0), 0
+    logits = finish_logits(states @ weight.T, head, vocab_dim=-1)
+    logits[:, len(head.weight) :] = -torch.inf
     return logits, -1
 
 
 def token_nll(logits: torch.Tensor, targets: torch.Tensor, vocab_dim: int) -> torch.Tensor:
-    """Return the negative log-likelihood of the targets, (tokens,), in nats."""
-    return -logits.log_softmax(vocab_dim).gather(vocab_dim, targets).squeeze(vocab_dim)
+    """Return the negative log-likelihood of the targets, (tokens,), in nats.
+
+    On a CPU `log_softmax` over the first dimension sums term after term in fp32, which is off by 4e-4 nats for 262,144
+    terms; `logsumexp` sums in pairs.
+    """
+    at_targets = logits.gather(vocab_dim, targets).squeeze(vocab_dim)
+    return logits.logsumexp(vocab_dim) - at_targets
 
 
 def token_rank(logits: torch.Tensor, targets: torch.Tensor, vocab_dim: int) -> torch.Tensor:

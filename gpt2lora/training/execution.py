@@ -91,8 +91,6 @@ def choose_execution(
     """Return "eager", "captured" or "compiled" for a run of so many tokens, and the reason."""
     if device.type != "cuda":
         return "eager", "CUDA graphs are for GPUs"
-    if any(type(module).__name__ == "Linear8bitLt" for module in model.modules()):
-        return "eager", "8-bit layers look for outliers in their input, and Python waits for the result"
     if train.targets < MIN_FILL * len(train) * train.width:
         return "eager", "rows differ in length"
     if any(any(getattr(module, "use_dora", {}).values()) for module in model.modules()):

@@ -21,63 +21,95 @@ VOCABULARY_MULTIPLE = {"cuda": 64, "cpu": 1}  # to which the head's rows are pad
 
 
 def softmax_nll(
-    logits: torch.Tensor, targets: torch.Tensor, scored: torch.Tensor, vocabulary: int, dtype: torch.dtype
-) -> torch.Tensor:
-    """Replace logits by probabilities; return the summed negative log-likelihood of the targets in nats.
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    scored: torch.Tensor,
+    vocabulary: int,
+    dtype: torch.dtype,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the summed negative log-likelihood of the targets in nats; replace logits by part of its gradient.
+
+    The gradient of a logit is its probability, minus 1 at the target. With a soft cap c, both are multiplied by the
+    derivative of c tanh(z / c), 1 - tanh(z / c)^2. `logits` become the first term.
 
     Args:
         logits: (tokens, at least `vocabulary`); what lies beyond the vocabulary gets the probability 0.
         targets: (tokens,) int64. scored: (tokens, 1), 1 or 0: whether a token counts.
         dtype: the type in which to compute.
+
+    Returns:
+        The sum, and with a soft cap the derivative at the targets, (tokens, 1).
     """
-    logits[:, vocabulary:] = -torch.inf  # a softmax of whole rows is faster than one of slices
-    predicted = logits.log_softmax(-1, dtype=dtype)
+    capped = logits
+    if softcap:
+        squashed = (logits.to(dtype) / softcap).tanh()
+        derivative, capped = 1 - squashed.square(), softcap * squashed
+    capped[:, vocabulary:] = -torch.inf  # a softmax of whole rows is faster than one of slices
+    predicted = capped.log_softmax(-1, dtype=dtype)
     nll = -(predicted.gather(1, targets[:, None]) * scored).sum()
+    if softcap:
+        logits.copy_(predicted.exp_() * derivative)
+        return nll, derivative.gather(1, targets[:, None])
     logits.copy_(predicted.exp_())
-    return nll
+    return nll, None
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """The summed negative log-likelihood of `targets` under softmax(states weight^T), in nats.
+    """The summed negative log-likelihood of `targets` under softmax(states weight^T + bias), in nats.
 
     Args of apply:
-        states: (tokens, width), any float type. weight: (vocabulary, width). targets: (tokens,) int64, or IGNORE_INDEX.
+        states: (tokens, width), any float type. weight: (vocabulary, width). bias: (vocabulary,) or None.
+        targets: (tokens,) int64, or IGNORE_INDEX.
         dtype: of the matrix products. Softmax and sums are fp32, or fp64 if dtype is.
         softmax: `softmax_nll`, or a compiled version of it.
+        softcap: of the logits (gpt2lora/model/head.py), or None.
     """
 
     @staticmethod
-    def forward(ctx, states, weight, targets, dtype, softmax=softmax_nll):
+    def forward(ctx, states, weight, bias, targets, dtype, softmax=softmax_nll, softcap=None):
         sum_dtype = torch.promote_types(dtype, torch.float32)
         vocabulary = len(weight)
         head, missing = weight.to(dtype), -vocabulary % VOCABULARY_MULTIPLE[states.device.type]
         if missing:
             head = F.pad(head, (0, 0, 0, missing))
+        padded_bias = None if bias is None else F.pad(bias.to(dtype), (0, missing))
         chunk = CHUNK_TOKENS[states.device.type]
         nll = torch.zeros((), dtype=sum_dtype, device=states.device)
-        needs_states, needs_weight = ctx.needs_input_grad[:2]
+        needs_states, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         states_gradient = torch.empty_like(states) if needs_states else None
         weight_gradient = torch.zeros_like(head, dtype=sum_dtype) if needs_weight else None
+        bias_gradient = torch.zeros_like(padded_bias, dtype=sum_dtype) if needs_bias else None
         for start in range(0, len(states), chunk):
             part, labels = states[start : start + chunk].to(dtype), targets[start : start + chunk]
             scored, labels = (labels != IGNORE_INDEX).to(dtype)[:, None], labels.clamp(min=0)
             logits = part @ head.T
-            nll += softmax(logits, labels, scored, vocabulary, sum_dtype)
-            # The gradient of the logits is now in them, except for the 1 to be subtracted at the target.
+            if bias is not None:
+                logits += padded_bias
+            chunk_nll, derivative = softmax(logits, labels, scored, vocabulary, sum_dtype, softcap)
+            nll += chunk_nll
+            # The gradient of the logits is now in them, except for what is to be subtracted at the target.
             if needs_states:
-                states_gradient[start : start + chunk] = (logits @ head - head[labels]) * scored
+                at_target = head[labels] if derivative is None else head[labels] * derivative.to(dtype)
+                states_gradient[start : start + chunk] = (logits @ head - at_target) * scored
             if needs_weight:
                 kept = part * scored
                 weight_gradient += logits.T @ kept
-                weight_gradient.index_add_(0, labels, kept.to(sum_dtype), alpha=-1)
-        ctx.save_for_backward(states_gradient, weight_gradient[:vocabulary] if needs_weight else None)
+                at_target = kept.to(sum_dtype) if derivative is None else kept.to(sum_dtype) * derivative
+                weight_gradient.index_add_(0, labels, at_target, alpha=-1)
+            if needs_bias:
+                bias_gradient += (logits * scored).sum(0, dtype=sum_dtype)
+                at_target = scored.to(sum_dtype) if derivative is None else scored.to(sum_dtype) * derivative
+                bias_gradient.index_add_(0, labels, at_target[:, 0], alpha=-1)
+        gradients = (states_gradient, weight_gradient, bias_gradient)
+        ctx.save_for_backward(gradients[0], *(None if part is None else part[:vocabulary] for part in gradients[1:]))
         return nll
 
     @staticmethod
     def backward(ctx, gradient):
         # In place: the weight's gradient is as large as the weight, and nothing else uses it.
-        states_gradient, weight_gradient = (None if part is None else part.mul_(gradient) for part in ctx.saved_tensors)
-        return states_gradient, weight_gradient, None, None, None
+        states, weight, bias = (None if part is None else part.mul_(gradient) for part in ctx.saved_tensors)
+        return states, weight, bias, None, None, None, None
 
 
 def make_batch(
@@ -95,7 +127,9 @@ def make_batch(
     inputs, targets = np.zeros((height, width), np.int64), np.full((height, width), IGNORE_INDEX)
     ids = blocks.ids[rows, : width + 1].astype(np.int64)
     inputs[: len(rows)] = ids[:, :-1]
-    targets[: len(rows)] = np.where(np.arange(1, width + 1) < lengths[:, None], ids[:, 1:], IGNORE_INDEX)
+    place = np.arange(1, width + 1)  # of each target in its row
+    is_target = (place >= blocks.context) & (place < lengths[:, None])
+    targets[: len(rows)] = np.where(is_target, ids[:, 1:], IGNORE_INDEX)
     return to_device(inputs, device), to_device(targets, device)
 
 
@@ -113,6 +147,9 @@ def nll_sum(
         dtype: of layers and matrix products.
     """
     body, head = body_and_head(model)
-    with autocast(head, dtype):
-        states = body(input_ids=inputs, use_cache=False).last_hidden_state
-    return LinearCrossEntropy.apply(states.flatten(0, 1), head.weight, targets.flatten(), dtype, softmax)
+    with autocast(head.weight, dtype):
+        states = body(input_ids=inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+    bias = head.bias
+    if head.scale != 1:  # scale (W h + bias) = W (scale h) + scale bias
+        states, bias = states * head.scale, None if bias is None else bias * head.scale
+    return LinearCrossEntropy.apply(states, head.weight, bias, targets.flatten(), dtype, softmax, head.softcap)

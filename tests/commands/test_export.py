@@ -148,10 +148,8 @@ def test_8_bit_weights_are_exported_as_integers_times_scales(base):
         layer = quantized.get_submodule(name)
         expected = layer.weight.data * (layer.state.SCB / 127)[:, None] + adapter_update(name)
         torch.testing.assert_close(weight, expected, rtol=0, atol=1e-6, msg=name)
-    expected = logits(load_tuned(base))
-    assert (logits(load_exported()) - expected).abs().max() < 0.05 * expected.abs().max()
-    assert "(the tuned model rounds activations to 8 bits)" in output
-    assert abs(comparison(output)["change"]) < 0.01
+    torch.testing.assert_close(logits(load_exported()), logits(load_tuned(base)), rtol=0, atol=1e-3)
+    assert abs(comparison(output)["change"]) < 1e-5
 
 
 @of_each_base
@@ -209,7 +207,10 @@ def check_files(base: str) -> None:
     assert set(os.listdir("out")) == names
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert file_bytes("out", name) == file_bytes(base, name)
-    assert json.loads(file_bytes("out", "config.json")) == json.loads(file_bytes(base, "config.json"))
+    expected = json.loads(file_bytes(base, "config.json"))
+    if base == "gpt2":
+        expected["n_ctx"] = expected["n_positions"]  # llama.cpp's converter fails without it
+    assert json.loads(file_bytes("out", "config.json")) == expected
     assert "gelu_new" in file_bytes("out", "config.json").decode() or base == "llama"
     text = " the river reached the coast . "
     assert AutoTokenizer.from_pretrained("out")(text) == AutoTokenizer.from_pretrained(base)(text)

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from local_preset import make_article
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from transformers import AutoTokenizer
+from wikitext import GPT2_TOKENIZER, needs_tokenizer
 
 from gpt2lora.dataset import blocks, tokenizer
 
@@ -30,6 +32,30 @@ def test_end_of_text_written_in_a_corpus_is_plain_text(tiny_tokenizer):
     ids = next(tokenizer.encode_texts(tiny_tokenizer, [text], np.uint16))
     assert tiny_tokenizer.token_to_id(tiny.END) not in ids
     assert tiny_tokenizer.decode(ids.tolist(), skip_special_tokens=False) == text
+
+
+# The prefix
+
+
+@pytest.mark.parametrize("template", [None, f"{tiny.END} $A", f"{tiny.END} {tiny.END} $A {tiny.END}", f"$A {tiny.END}"])
+def test_the_prefix_is_what_transformers_puts_before_a_text(tmp_path, tiny_model, template):
+    folder = tiny.write_begin_of_text(tmp_path / "model", tiny_model, template)
+    encoded, plain = (
+        AutoTokenizer.from_pretrained(folder)("a river", add_special_tokens=special)["input_ids"]
+        for special in (True, False)
+    )
+    prefix = tokenizer.text_prefix(tokenizer.load_tokenizer(folder))
+    assert encoded[: len(prefix) + len(plain)] == [*prefix, *plain]
+    assert len(prefix) == (template or "$A").split().index("$A")
+
+
+@needs_tokenizer
+def test_gpt2_has_no_prefix(tmp_path):
+    AutoTokenizer.from_pretrained(GPT2_TOKENIZER).save_pretrained(tmp_path)
+    assert tokenizer.text_prefix(tokenizer.load_tokenizer(tmp_path)) == []
+
+
+# Batches and pieces
 
 
 def test_the_batch_size_does_not_change_the_ids(tiny_tokenizer, monkeypatch):

@@ -26,7 +26,7 @@ def test_positions_are_grouped_into_at_most_32_buckets(tmp_path, block_size, con
     """A bucket is named by its first position."""
     count = len(contexts)
     skips = np.array(contexts) - 1
-    task_windows = windows.Windows(np.zeros(2000, np.uint16), np.zeros(count, int), skips + 2, skips)
+    task_windows = windows.Windows(np.zeros(2000, np.uint16), np.zeros(count, int), skips + 2, skips + 1)
     scores = TokenScores(np.arange(count) + 1.0, np.zeros(count, int))
     file = tmp_path / "positions.csv"
     metrics.write_positions(file, task_windows, {"base": scores, "tuned": scores}, block_size)

@@ -164,7 +164,7 @@ def tokenize_text(tmp_path, tiny_model, text: str, layout: str, block_size: int)
     params = {"tokenize": {"block_size": block_size, "layout": layout}}
     (tmp_path / "params.yaml").write_text(json.dumps(params))
     run_stage(tokenize.main, "--raw", "raw", "--base", tiny_model, "--out", "tokens")
-    return blocks.load_blocks(tmp_path / "tokens", "test")
+    return blocks.load_blocks(tmp_path / "tokens", "test", ())
 
 
 @pytest.mark.parametrize("stride", [1, 5, 16])
@@ -172,7 +172,7 @@ def test_native_scores_the_packed_stream_with_end_of_text(tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     text = TEXT.replace("More . \n", "More . \n \n")
     test = tokenize_text(tmp_path, tiny_model, text, "packed", 16)
-    task = protocols.native_task(test, "packed", text, tokenizer, stride)
+    task = protocols.packed_task(test, text, stride, ())
     first, second = (encode(tokenizer, article) for article in articles.split_articles(text))
     assert task.windows.ids.tolist() == [*first, end, *second]
     assert task.windows.targets.tolist() == [*first, end, *second][1:]
@@ -183,10 +183,11 @@ def test_native_counts_only_the_text_that_a_padded_row_holds(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     long, short = "zqx jwv éé kpf " * 5, "a b"
     test = tokenize_text(tmp_path, tiny_model, f"{short}\n\n{long}\n", "padded", 16)
-    task = protocols.native_task(test, "padded", f"{short}\n\n{long}\n", tokenizer, 16)
+    task = protocols.padded_task(test, f"{short}\n\n{long}\n", tokenizer, (), end)
     kept = tokenizer.decode(encode(tokenizer, long)[:17])
     assert long.startswith(kept.rstrip("\ufffd"))
-    assert len(task.windows) == 2
-    assert task.windows.targets.tolist() == [*encode(tokenizer, short)[1:], end, *encode(tokenizer, long)[1:17]]
+    # The first token is predicted from the end-of-text token: its word and bytes count, so it has to be scored.
+    assert task.windows.targets.tolist() == [*encode(tokenizer, short), end, *encode(tokenizer, long)[:17]]
+    assert (task.windows.ids[task.windows.starts[:2]] == end).all()
     assert task.words == 2 + len(kept.split()) < 2 + len(long.split())
     assert task.bytes == len(short.encode()) + len(kept.encode())

@@ -122,7 +122,7 @@ def test_the_report_shows_how_both_models_continue_test_articles():
     rows = [cells[start : start + 3] for start in range(header + 3, header + 12, 3)]
     text = Path("data/raw/test.txt").read_text()
     tokenizer = load_tokenizer(Path("data/base"))
-    prompts = samples.choose_prompts(text, tokenizer, 32)
+    prompts = samples.choose_prompts(text, tokenizer, 32, [])
     generated = samples.generate_samples(AutoModelForCausalLM.from_pretrained("data/base"), prompts, 0)
     pieces = articles.split_articles(text)
     for (prompt, base_text, tuned_text), piece, ids in zip(

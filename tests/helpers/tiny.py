@@ -125,6 +125,19 @@ def make_project(folder: Path, model: Path, corpus: Path) -> Path:
     return folder
 
 
+def write_begin_of_text(folder: Path, model: Path, template: str | None = f"{END} $A") -> Path:
+    """Copy a model, with a tokenizer that puts a token before each text. template: for tokenizers; $A is the text."""
+    from tokenizers import Tokenizer, processors
+
+    shutil.copytree(model, folder)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    if template:
+        special = [(END, tokenizer.token_to_id(END))]
+        tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
+        tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
 @contextlib.contextmanager
 def mounted(disk: Path, size: str) -> Iterator[None]:
     """Make a small disk of a folder; skip the test where that takes rights that nobody has here."""

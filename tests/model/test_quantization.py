@@ -20,7 +20,7 @@ from small_models import (
 )
 from transformers import AutoModelForCausalLM
 
-from gpt2lora.model.quantization import count_frozen_bytes, count_frozen_parameters
+from gpt2lora.model.quantization import count_frozen_bytes, count_frozen_parameters, dequantize_into
 from gpt2lora.pipeline.cli import StageError
 
 BLOCK, NESTED_BLOCK = 64, 256  # weights that share a scale, and scales that share a scale
@@ -65,6 +65,25 @@ def test_quantized_layers_compute_nearly_what_float_layers_do(gpt2_folder, quant
         expected = exact.get_submodule(projection)(x)
         error = float((quantized.get_submodule(projection)(x) - expected).norm() / expected.norm())
         assert 0 < error < (0.02 if quantization.bits == 8 else 0.2), "1.4 where a square matrix is transposed"
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_8_bit_layers_compute_with_dequantized_weights(tmp_path, training):
+    """Not with activations rounded to 8 bits: the float layer with the same weights gives the same values."""
+    folder = write_gpt2(tmp_path)
+    quantized, floats = load(folder, INT8).train(training), load(folder).train(training)
+    dequantize_into(floats, quantized)
+    for name, (inputs, _) in PROJECTIONS.items():
+        ours, expected = (network.transformer.h[1].get_submodule(name) for network in (quantized, floats))
+        x = torch.randn(3, 7, inputs, device=IDS.device)
+        x[0, 0, 0] = 30.0  # LLM.int8() treats such an outlier in another way
+        values = []
+        for layer in (ours, expected):
+            x = x.detach().requires_grad_()
+            y = layer(x)
+            y.square().sum().backward()
+            values.append((y.detach(), x.grad))
+        torch.testing.assert_close(*values, rtol=1e-5, atol=1e-4)
 
 
 def test_a_4_bit_layer_that_a_cpu_computes_wrongly_is_refused(tmp_path):

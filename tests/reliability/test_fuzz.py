@@ -270,7 +270,7 @@ def test_any_text_is_tokenized_correctly_or_refused(fast_stages, tiny_model, tex
         return
     end = json.loads(Path("data/tokens/manifest.json").read_bytes())["end_of_text_id"]
     for split, text in raw.items():
-        saved = blocks.load_blocks(Path("data/tokens"), split)
+        saved = blocks.load_blocks(Path("data/tokens"), split, ())
         if layout == "packed":
             rows = [row[1:length] for row, length in zip(saved.ids, saved.lengths, strict=True)]
             ids = [*saved.ids[0, :1], *np.concatenate(rows)]

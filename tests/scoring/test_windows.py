@@ -42,8 +42,33 @@ def test_texts_without_a_target_have_no_window(texts):
 def test_a_stride_of_the_context_gives_the_blocks_of_training(length):
     stream = TEXTS[LENGTHS.index(length)]
     packed = blocks.pack_blocks(stream, CONTEXT, pad=0)
-    assert windows.unpack_stream(packed).tolist() == stream.tolist()
+    assert windows.unpack_stream(packed, ()).tolist() == stream.tolist()
     sliding, training = windows.sliding_windows([stream], CONTEXT, CONTEXT), windows.block_windows(packed)
     assert sliding.lengths.tolist() == training.lengths.tolist()
     assert sliding.targets.tolist() == training.targets.tolist()
-    assert not sliding.skips.any()
+    assert (sliding.skips == 1).all()
+
+
+@pytest.mark.parametrize("prefix", [(7,), (8, 9)], ids=str)
+@pytest.mark.parametrize("stride", range(1, CONTEXT + 1))
+def test_with_a_prefix_the_first_token_is_scored_too(prefix, stride):
+    sliding = windows.sliding_windows(TEXTS, CONTEXT, stride, prefix)
+    assert sliding.targets.tolist() == [id for text in TEXTS for id in text]
+    assert sliding.reads.max() <= CONTEXT
+    assert sliding.counts.min() >= 1
+    assert sliding.contexts.min() == len(prefix)
+    if stride == 1:  # every other token has as many before it as fit
+        longest = windows.sliding_windows([TEXTS[-1]], CONTEXT, 1, prefix).contexts
+        assert longest.tolist() == [min(len(prefix) + index, CONTEXT) for index in range(len(TEXTS[-1]))]
+
+
+@pytest.mark.parametrize("prefix", [(7,), (8, 9)], ids=str)
+@pytest.mark.parametrize("length", LENGTHS[1:])
+def test_with_a_prefix_a_stride_of_the_context_gives_the_blocks(length, prefix):
+    stream = TEXTS[LENGTHS.index(length)]
+    packed = blocks.pack_blocks(stream, CONTEXT, 0, prefix)
+    assert windows.unpack_stream(packed, prefix).tolist() == stream.tolist()
+    sliding = windows.sliding_windows([stream], CONTEXT, CONTEXT, prefix)
+    training = windows.block_windows(packed)
+    assert sliding.targets.tolist() == training.targets.tolist() == stream.tolist()
+    assert sliding.contexts.tolist() == training.contexts.tolist()

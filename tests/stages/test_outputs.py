@@ -100,7 +100,7 @@ def test_transformers_alone_loads_the_model_of_full():
 
 
 def test_the_tuned_model_has_the_best_validation_loss():
-    validation = blocks.load_blocks(Path("data/tokens"), "validation")
+    validation = blocks.load_blocks(Path("data/tokens"), "validation", ())
     for method in METHODS:
         model = loading.load_tuned(Path("data/base"), Path(method, "adapter"), torch.float32)
         loss = log_likelihood.validation_loss(model, validation, 8, torch.float32, "")

@@ -47,7 +47,7 @@ def unpadded_rows(split: blocks.Blocks) -> list[list[int]]:
 def test_packed_rows_are_the_articles_separated_by_end_of_text(folder, tiny_model, tiny_tokenizer):
     manifest = run_tokenize(folder, "packed", 32, tiny_model)
     for split in blocks.SPLITS:
-        first, *others = unpadded_rows(blocks.load_blocks(Path("tokens"), split))
+        first, *others = unpadded_rows(blocks.load_blocks(Path("tokens"), split, ()))
         stream = first + [token for ids in others for token in ids[1:]]
         texts = articles.split_articles(Path(f"raw/{split}.txt").read_text())
         assert tiny_tokenizer.decode(stream, skip_special_tokens=False) == tiny.END.join(texts)
@@ -62,7 +62,7 @@ def test_a_padded_row_is_a_paragraph_ended_by_end_of_text(folder, tiny_model, ti
     manifest = run_tokenize(folder, "padded", 20, tiny_model)
     end = tiny_tokenizer.token_to_id(tiny.END)
     for split in blocks.SPLITS:
-        rows = unpadded_rows(blocks.load_blocks(Path("tokens"), split))
+        rows = unpadded_rows(blocks.load_blocks(Path("tokens"), split, ()))
         texts = [line for line in Path(f"raw/{split}.txt").read_text().split("\n") if line.strip()]
         expected = [[*tiny_tokenizer.encode(text).ids, end][:21] for text in texts]
         assert rows == expected
@@ -72,7 +72,7 @@ def test_a_padded_row_is_a_paragraph_ended_by_end_of_text(folder, tiny_model, ti
 
 def test_the_default_block_size_is_the_models_context(folder, tiny_model):
     assert run_tokenize(folder, "packed", None, tiny_model)["block_size"] == tiny.POSITIONS
-    assert blocks.load_blocks(Path("tokens"), "train").ids.shape[1] == tiny.POSITIONS + 1
+    assert blocks.load_blocks(Path("tokens"), "train", ()).ids.shape[1] == tiny.POSITIONS + 1
 
 
 def test_ids_of_a_large_vocabulary_have_four_bytes(folder, tiny_model):
@@ -81,9 +81,9 @@ def test_ids_of_a_large_vocabulary_have_four_bytes(folder, tiny_model):
     config = json.loads((large / "config.json").read_text())
     (large / "config.json").write_text(json.dumps(config | {"vocab_size": 70_000}))
     assert run_tokenize(folder, "packed", 32, tiny_model)["dtype"] == "uint16"
-    two_bytes = blocks.load_blocks(Path("tokens"), "train").ids
+    two_bytes = blocks.load_blocks(Path("tokens"), "train", ()).ids
     assert run_tokenize(folder, "packed", 32, large)["dtype"] == "uint32"
-    four_bytes = blocks.load_blocks(Path("tokens"), "train").ids
+    four_bytes = blocks.load_blocks(Path("tokens"), "train", ()).ids
     assert (two_bytes.dtype, four_bytes.dtype) == (np.uint16, np.uint32)
     assert (two_bytes == four_bytes).all()
 

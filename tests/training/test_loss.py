@@ -17,13 +17,17 @@ def make_inputs(dtype=torch.float64):
     torch.manual_seed(0)
     states = torch.randn(TOKENS, WIDTH).to(dtype).requires_grad_()
     weight = torch.randn(VOCABULARY, WIDTH).to(dtype).requires_grad_()
+    bias = torch.randn(VOCABULARY).to(dtype).requires_grad_()
     targets = torch.randint(VOCABULARY, (TOKENS,))
     targets[[0, 5, -1]] = IGNORE_INDEX
-    return states, weight, targets
+    return states, weight, bias, targets
 
 
-def unfused_loss(states, weight, targets):
-    return F.cross_entropy(states @ weight.T, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+def unfused_loss(states, weight, bias, targets, softcap=None):
+    logits = states @ weight.T + bias
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 # The fused loss
@@ -31,15 +35,17 @@ def unfused_loss(states, weight, targets):
 
 @pytest.mark.parametrize("multiple", [1, 64])
 @pytest.mark.parametrize("chunk", [1, 7, 43, 100])
-def test_loss_and_gradients_equal_those_of_the_unfused_loss(monkeypatch, chunk, multiple):
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_loss_and_gradients_equal_those_of_the_unfused_loss(monkeypatch, softcap, chunk, multiple):
     monkeypatch.setitem(loss.CHUNK_TOKENS, "cpu", chunk)
     monkeypatch.setitem(loss.VOCABULARY_MULTIPLE, "cpu", multiple)
     fused, unfused = make_inputs(), make_inputs()
-    ours, theirs = LinearCrossEntropy.apply(*fused, torch.float64), unfused_loss(*unfused)
+    ours = LinearCrossEntropy.apply(*fused, torch.float64, loss.softmax_nll, softcap)
+    theirs = unfused_loss(*unfused, softcap)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
     (3 * ours).backward()
     (3 * theirs).backward()
-    for one, other in zip(fused[:2], unfused[:2], strict=True):
+    for one, other in zip(fused[:3], unfused[:3], strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-10, atol=1e-12)
 
 
@@ -51,29 +57,32 @@ def test_lower_precisions_give_nearly_the_same(dtype, tolerance):
     assert abs(float(ours) / float(exact) - 1) < tolerance
     exact.backward()
     ours.backward()
-    for one, other in zip(fused[:2], unfused[:2], strict=True):
+    for one, other in zip(fused[:3], unfused[:3], strict=True):
         assert one.grad.dtype == torch.float32
         assert (one.grad - other.grad).norm() < tolerance * other.grad.norm()
 
 
-@pytest.mark.parametrize("trained", ["states", "weight", "neither"])
+@pytest.mark.parametrize("trained", ["states", "weight", "bias", "neither"])
 def test_only_what_is_trained_gets_a_gradient(trained):
-    states, weight, targets = make_inputs()
-    states.requires_grad_(trained == "states")
-    weight.requires_grad_(trained == "weight")
-    nll = LinearCrossEntropy.apply(states, weight, targets, torch.float64)
+    *parts, targets = make_inputs()
+    names = ("states", "weight", "bias")
+    for name, part in zip(names, parts, strict=True):
+        part.requires_grad_(trained == name)
+    nll = LinearCrossEntropy.apply(*parts, targets, torch.float64)
     assert nll.requires_grad == (trained != "neither")
     if nll.requires_grad:
         nll.backward()
-    assert (states.grad is None, weight.grad is None) == (trained != "states", trained != "weight")
+    assert [name for name, part in zip(names, parts, strict=True) if part.grad is not None] == [
+        name for name in names if name == trained
+    ]
 
 
 def test_ignored_targets_have_no_loss_and_no_gradient():
-    states, weight, _ = make_inputs()
-    nll = LinearCrossEntropy.apply(states, weight, torch.full((TOKENS,), IGNORE_INDEX), torch.float64)
+    states, weight, bias, _ = make_inputs()
+    nll = LinearCrossEntropy.apply(states, weight, bias, torch.full((TOKENS,), IGNORE_INDEX), torch.float64)
     nll.backward()
     assert float(nll) == 0
-    assert not states.grad.any()
+    assert not any(part.grad.any() for part in (states, weight, bias))
 
 
 @pytest.mark.parametrize("multiple", [1, 64])
@@ -88,10 +97,10 @@ def test_no_more_than_a_chunk_of_logits_is_held_at_once(monkeypatch, multiple):
             sizes.append(out.numel() if isinstance(out, torch.Tensor) else 0)
             return out
 
-    states, weight, targets = make_inputs()
+    states, weight, _, targets = make_inputs()
     weight.requires_grad_(False)
     with Recorder():
-        LinearCrossEntropy.apply(states, weight, targets, torch.float64).backward()
+        LinearCrossEntropy.apply(states, weight, None, targets, torch.float64).backward()
     padded = VOCABULARY + -VOCABULARY % multiple
     assert max(sizes) == max(padded * WIDTH, 4 * padded) < TOKENS * VOCABULARY
 
