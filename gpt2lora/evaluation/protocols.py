@@ -8,6 +8,7 @@
   https://huggingface.co/docs/transformers/perplexity
 - lm-eval: the task `wikitext` of EleutherAI's lm-evaluation-harness: each article by itself, in rolling windows, its
   first token predicted from the end-of-text token. Detokenized text is scored, words of the original text are counted.
+  For a tokenizer that begins a text with <bos>, the harness needs `add_bos_token=False`, or it scores <bos> as well.
   https://github.com/EleutherAI/lm-evaluation-harness/tree/main/lm_eval/tasks/wikitext
 
 If the tokenizer puts a prefix such as <bos> before a text, it stands before each window with native, and only at the

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from gpt2lora.pipeline.cli import StageError
+from gpt2lora.pipeline.cli import StageError, echo
 
 # Keys of config.json. Some models scale their logits (Cohere, Falcon-H1; Granite divides), some cap them (Gemma 2).
 SCALES = ("logit_scale", "lm_head_multiplier", "output_multiplier")
@@ -17,7 +17,8 @@ SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_ca
 PROBE_LOGIT = 300.0  # at which a soft cap, which is 15 to 50 in practice, shows
 # Largest difference of a probed logit, as a share of the largest: rounding of one matrix product and of its result.
 PROBE_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
-LOOK_AHEAD = 0.05  # root mean square of the change that later tokens make, as a share; other kernels round differently
+# Root mean square of the change that later tokens make, as a share: other shapes take kernels that round differently.
+LOOK_AHEAD = {"float": 1e-3, "rounded": 0.05}
 
 
 @dataclass
@@ -45,14 +46,19 @@ def autocast(weight: torch.Tensor, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(weight.device.type, dtype, enabled=dtype == torch.bfloat16 != weight.dtype)
 
 
-def body_and_head(model: torch.nn.Module) -> tuple[torch.nn.Module, OutputHead]:
-    """Return the model without its output head, adapters included, and the head."""
+def body_and_head(model: torch.nn.Module) -> tuple[torch.nn.Module, OutputHead | None]:
+    """Return the model without its output head, adapters included, and the head.
+
+    If `check_head` found another kind of head, return the whole model and None.
+    """
     network = base_network(model)
+    if getattr(network, "computes_own_logits", False):
+        return network, None
     linear, config = network.get_output_embeddings(), network.config.get_text_config()
     return network.base_model, OutputHead(linear.weight, linear.bias, logit_scale(config), soft_cap(config))
 
 
-def base_network(model: torch.nn.Module) -> torch.nn.Module:
+def base_network(model: torch.nn.Module) -> PreTrainedModel:
     """Return transformers' model, adapters included, without PEFT's wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -74,30 +80,46 @@ def soft_cap(config: PreTrainedConfig) -> float | None:
 
 @torch.no_grad()
 def check_head(model: torch.nn.Module, width: int) -> None:
-    """Refuse a model whose logits `body_and_head` does not describe, or that is not causal.
+    """Choose how logits are computed, and refuse a model that is not causal.
+
+    If `OutputHead` does not describe the model's head, `body_and_head` returns the whole model from now on.
 
     Args:
         width: a number of tokens that the model can read.
     """
     network = base_network(model)
-    body, head = body_and_head(model)
-    inputs = torch.arange(min(8, width, len(head.weight)), device=head.weight.device)[None]
     was_training = model.training
     model.eval()
-    difference = probe_head(network, body, head, inputs)
-    half = inputs.shape[1] // 2
-    states, first = (body(input_ids=ids, use_cache=False).last_hidden_state for ids in (inputs, inputs[:, :half]))
-    model.train(was_training)
+    inputs = torch.arange(min(8, width, network.config.get_text_config().vocab_size), device=network.device)[None]
+    network.computes_own_logits = not is_head_known(network, inputs)
     name = type(network).__name__
-    if difference > PROBE_TOLERANCE[head.weight.dtype]:  # NaN is reported as the loss that it gives
-        raise StageError(
-            f"{name} does more to its logits than its last layer does: expected a model like GPT-2 or Llama"
-        )
-    change = (states[:, :half] - first).float()
-    if half and change.square().mean().sqrt() > LOOK_AHEAD * first.float().square().mean().sqrt():
+    if network.computes_own_logits:
+        echo(f"{name} computes more than a linear output head: all its logits are computed at once, which is slower")
+    body, _ = body_and_head(model)
+    half = inputs.shape[1] // 2
+    outputs, first = (body_outputs(body, ids) for ids in (inputs, inputs[:, :half]))
+    model.train(was_training)
+    exact = outputs.dtype != torch.bfloat16 and getattr(network, "hf_quantizer", None) is None
+    change, scale = ((part.float().square().mean().sqrt()) for part in (outputs[:, :half] - first, first))
+    if half and change > LOOK_AHEAD["float" if exact else "rounded"] * scale:
         raise StageError(
             f"{name} looks ahead: its logits depend on the tokens that follow; expected a causal language model"
         )
+
+
+def is_head_known(network: PreTrainedModel, inputs: torch.Tensor) -> bool:
+    """Tell whether `OutputHead` gives the model's own logits."""
+    network.computes_own_logits = False
+    if not isinstance(network.get_output_embeddings(), torch.nn.Linear) or network.base_model is network:
+        return False
+    body, head = body_and_head(network)
+    return not probe_head(network, body, head, inputs) > PROBE_TOLERANCE[head.weight.dtype]  # NaN shows in the loss
+
+
+def body_outputs(body: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Return what `body_and_head`'s body gives: hidden states, (rows, tokens, width), or logits, if it has a head."""
+    outputs = body(input_ids=ids, use_cache=False)
+    return outputs.logits if "logits" in outputs else outputs.last_hidden_state
 
 
 def probe_head(network: torch.nn.Module, body: torch.nn.Module, head: OutputHead, inputs: torch.Tensor) -> float:

@@ -36,7 +36,10 @@ def load_base(folder: Path, quantization: QuantizationParams | None, dtype: torc
         config.activation_function = "gelu_pytorch_tanh"  # the same function in one kernel instead of six
     target = device.pick_device()
     if quantization is None:
-        return _load_model(folder, config).to(target)
+        model = _load_model(folder, config).to(target)
+        with _loading_errors(folder):
+            attention.use_causal_attention(model)
+        return model
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
     options = {"quantization_config": bitsandbytes_config(quantization, dtype), "device_map": {"": target}}
@@ -48,6 +51,8 @@ def load_base(folder: Path, quantization: QuantizationParams | None, dtype: torc
             module.support_avx512bf16_for_cpu = False
         elif isinstance(module, Linear8bitLt):
             prepare_8bit_layer(module)
+    with _loading_errors(folder):
+        attention.use_causal_attention(model)
     return model
 
 
@@ -156,8 +161,6 @@ def _load_model(folder: Path, config: PretrainedConfig, **quantized) -> PreTrain
         )
     if missing := sorted(info["missing_keys"]):
         raise StageError(f"{folder}: *.safetensors lack {len(missing)} of the model's weights, {missing[0]} first")
-    if attention.supports_causal_attention(model):
-        model.set_attn_implementation(attention.ATTENTION_NAME)
     return model
 
 

@@ -10,7 +10,15 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from gpt2lora.dataset.blocks import Blocks
-from gpt2lora.model.head import OutputHead, autocast, body_and_head, check_head, finish_logits, to_device
+from gpt2lora.model.head import (
+    OutputHead,
+    autocast,
+    body_and_head,
+    body_outputs,
+    check_head,
+    finish_logits,
+    to_device,
+)
 from gpt2lora.scoring.windows import Windows, block_windows, concatenate_ranges
 
 # Tokens whose logits are held at once. With GPT-2's vocabulary they take 0.1 GB in fp32 on a GPU. On a CPU they take
@@ -78,8 +86,13 @@ def score_tokens(
     """
     device = next(model.parameters()).device
     body, head = body_and_head(model)
-    chunk, weight = CHUNK_TOKENS[device.type], head.weight.to(torch.promote_types(head.weight.dtype, torch.float32))
-    if device.type == "cuda":  # without a multiple of 64 rows, the product is three times as slow
+    chunk, sample = CHUNK_TOKENS[device.type], next(model.parameters())
+    weight, float_type = None, torch.promote_types(sample.dtype, torch.float32)
+    if head is None:
+        batch_size = max(1, min(batch_size, chunk // int(windows.reads.max())))  # all logits are held at once
+    else:
+        weight = head.weight.to(float_type)
+    if head and device.type == "cuda":  # without a multiple of 64 rows, the product is three times as slow
         weight = F.pad(weight, (0, 0, 0, -len(weight) % 64))
     was_training = model.training
     model.eval()
@@ -87,15 +100,15 @@ def score_tokens(
     order = np.argsort(-windows.lengths, kind="stable")
     batches = np.split(order, range(batch_size, len(order), batch_size))
     # Allocate results at once: many small ones between large logits keep the CPU's memory from being given back.
-    values, done = torch.empty(len(scores), int(windows.counts.sum()), dtype=weight.dtype, device=device), 0
+    values, done = torch.empty(len(scores), int(windows.counts.sum()), dtype=float_type, device=device), 0
     with _allow_tf32(device.type == "cuda" and dtype == torch.bfloat16):
         for batch in tqdm(batches, label, unit="batch", position=0, leave=False):
             inputs, positions, targets = (to_device(array, device) for array in window_batch(windows, batch))
-            with autocast(head.weight, dtype):
-                hidden = body(input_ids=inputs, use_cache=False).last_hidden_state
-            scored = hidden.flatten(0, 1)[positions]
+            with autocast(sample, dtype):
+                outputs = body_outputs(body, inputs)
+            scored = outputs.flatten(0, 1)[positions]
             for states, wanted in zip(scored.split(chunk), targets.split(chunk), strict=True):
-                logits, vocab_dim = compute_logits(weight, head, states)
+                logits, vocab_dim = compute_logits(weight, head, states) if head else (states.to(float_type), -1)
                 for row, score in enumerate(scores):
                     values[row, done : done + len(states)] = score(logits, wanted.unsqueeze(vocab_dim), vocab_dim)
                 done += len(states)

@@ -24,7 +24,7 @@ from gpt2lora.dataset.blocks import Blocks
 from gpt2lora.model.head import body_and_head
 from gpt2lora.pipeline import params
 from gpt2lora.pipeline.cli import echo
-from gpt2lora.training.loss import nll_sum, softmax_nll
+from gpt2lora.training.loss import CHUNK_TOKENS, nll_sum, softmax_nll
 
 COMPILE_THRESHOLD = 5e14  # parameters times tokens of a run, above which compilation saves more time than it takes
 # PyTorch's attention kernels, the fastest first. It uses the first that supports the inputs; the last always does.
@@ -128,7 +128,13 @@ def make_backward(model: torch.nn.Module, dtype: torch.dtype, softmax: Callable)
         (nll / count).backward()
         return nll.detach()
 
-    return compute
+    def compute_in_parts(inputs: torch.Tensor, targets: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+        rows = max(1, CHUNK_TOKENS[inputs.device.type] // inputs.shape[1])  # all logits of a part are held at once
+        parts = zip(inputs.split(rows), targets.split(rows), strict=True)
+        return torch.stack([compute(*part, count) for part in parts]).sum()
+
+    _, head = body_and_head(model)
+    return compute_in_parts if head is None else compute
 
 
 def capture_cuda_graph(

@@ -55,6 +55,7 @@ def fit(
     set_base_dropout(model, options.base_dropout)
     rows_per_step = options.batch_size * options.accumulation_steps
     steps = options.epochs * math.ceil(len(train) / rows_per_step)
+    check_head(model, train.width)
     state = resume_state(checkpoints, trained, optimizer, steps) or first_state(model, validation, options, dtype)
     model.train()
     backward = prepare_backward(model, train, options.batch_size, options.compile, steps, dtype)
@@ -92,8 +93,7 @@ def fit(
 
 
 def first_state(model: torch.nn.Module, validation: Blocks, options: TrainParams, dtype: torch.dtype) -> TrainState:
-    """Check the model's head, and return the state before the first step."""
-    check_head(model, validation.width)
+    """Return the state before the first step."""
     loss = validation_loss(model, validation, options.batch_size, dtype, "validation before training")
     return TrainState(0, History([], loss, {"validation_loss": math.inf}, 0, 0.0), [], [], [])
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from gpt2lora.dataset.blocks import Blocks
-from gpt2lora.model.head import autocast, body_and_head, to_device
+from gpt2lora.model.head import autocast, body_and_head, body_outputs, to_device
 
 IGNORE_INDEX = -100  # as a target: not scored
 CHUNK_TOKENS = {"cuda": 2048, "cpu": 256}
@@ -147,9 +147,11 @@ def nll_sum(
         dtype: of layers and matrix products.
     """
     body, head = body_and_head(model)
-    with autocast(head.weight, dtype):
-        states = body(input_ids=inputs, use_cache=False).last_hidden_state.flatten(0, 1)
-    bias = head.bias
+    with autocast(next(model.parameters()), dtype):
+        outputs = body_outputs(body, inputs).flatten(0, 1)
+    if head is None:
+        return F.cross_entropy(outputs.float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+    states, bias = outputs, head.bias
     if head.scale != 1:  # scale (W h + bias) = W (scale h) + scale bias
         states, bias = states * head.scale, None if bias is None else bias * head.scale
     return LinearCrossEntropy.apply(states, head.weight, bias, targets.flatten(), dtype, softmax, head.softcap)

@@ -1,17 +1,10 @@
-"""Causal attention without a mask, against its formula and against transformers, and the models it replaces."""
+"""Causal attention without a mask, against its formula and against transformers, and the models that keep theirs."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from small_models import IDS, load, write_llama
-from transformers import (
-    AutoModelForCausalLM,
-    BloomConfig,
-    GPT2Config,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-)
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BloomConfig, LlamaForCausalLM, PreTrainedConfig
 
 from gpt2lora.model import attention
 
@@ -60,14 +53,73 @@ def test_a_generated_token_attends_to_all_before_it(tiny_model):
     torch.testing.assert_close(generated, expected, rtol=1e-4, atol=1e-5)
 
 
+def small(kind: str, **changes) -> PreTrainedConfig:
+    """Return the configuration of a model of two layers whose weights are large enough for attention to matter."""
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 50} | heads
+    return CONFIG_MAPPING[kind](**sizes | {"initializer_range": 0.3, "pad_token_id": 0} | changes)
+
+
+SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
+EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
+
+
 @pytest.mark.parametrize(
-    ("config", "supported"),
-    [(GPT2Config(), True), (LlamaConfig(), True), (MistralConfig(sliding_window=4), False), (BloomConfig(), False)],
-    ids=lambda value: getattr(value, "model_type", value),
+    "config",
+    [
+        small("mistral", sliding_window=4),
+        small("gemma3_text", **SLIDING),
+        small("gemma2", attn_logit_softcapping=2.0, query_pre_attn_scalar=4, **SLIDING),
+        small("gpt_oss", **SLIDING, **EXPERTS),
+        small("qwen2", use_sliding_window=True, max_window_layers=1, sliding_window=4),
+    ],
+    ids=lambda config: config.model_type,
 )
-def test_only_full_causal_attention_is_replaced(config, supported):
-    with torch.device("meta"):
-        assert attention.supports_causal_attention(AutoModelForCausalLM.from_config(config)) is supported
+def test_windows_soft_caps_and_sinks_equal_those_of_transformers(config):
+    torch.manual_seed(0)
+    network = AutoModelForCausalLM.from_config(config).eval()
+    for name, parameter in network.named_parameters():
+        if "sinks" in name:
+            torch.nn.init.normal_(parameter)
+    network.set_attn_implementation("eager")
+    ids = torch.randint(1, 50, (2, 12))
+    with torch.no_grad():
+        expected = network(input_ids=ids).logits
+        attention.use_causal_attention(network)
+        assert network.config._attn_implementation == attention.ATTENTION_NAME
+        torch.testing.assert_close(network(input_ids=ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
+        cache = network(input_ids=ids[:, :-3], use_cache=True).past_key_values
+        for place in range(9, 12):  # generation, a token at a time
+            generated = network(input_ids=ids[:, place : place + 1], past_key_values=cache).logits
+            torch.testing.assert_close(generated[:, 0], expected[:, place], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("argument", ["position_bias", "block_indices", "mask"])
+def test_attention_refuses_what_it_would_leave_out(argument):
+    parts = [torch.zeros(1, 2, 5, 8) for _ in range(3)]
+    with pytest.raises(NotImplementedError):
+        attention.causal_attention(torch.nn.Module(), *parts, **{"mask": None} | {argument: torch.zeros(1, 1, 5, 5)})
+
+
+def test_a_window_that_a_layer_does_not_pass_on_is_left_to_the_model():
+    wide = SLIDING | {"sliding_window": 4096}  # wider than what is probed
+    network = AutoModelForCausalLM.from_config(small("gemma3_text", **wide)).eval()
+    attention.use_causal_attention(network)
+    assert network.config._attn_implementation == attention.ATTENTION_NAME
+    network.set_attn_implementation("sdpa")
+    network.model.layers[0].self_attn.sliding_window = None
+    attention.use_causal_attention(network)
+    assert network.config._attn_implementation == "sdpa"
+
+
+def test_bidirectional_attention_and_attention_with_biases_are_left_to_the_model():
+    bert = small("bert", head_dim=None)
+    bloom = BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=50, initializer_range=0.3)
+    for config in (bert, bloom):
+        network = AutoModelForCausalLM.from_config(config).eval()
+        own = network.config._attn_implementation
+        attention.use_causal_attention(network)
+        assert network.config._attn_implementation == own != attention.ATTENTION_NAME
 
 
 def test_grouped_query_attention_equals_that_of_transformers(tmp_path):
