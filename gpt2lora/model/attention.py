@@ -10,9 +10,13 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
+from gpt2lora.model.quantization import computing_in_fp32
+from gpt2lora.pipeline.cli import StageError
+
 ATTENTION_NAME, PROBE_NAME = "causal", "causal-probe"
 LAYER_TYPES = {"full_attention", "sliding_attention"}  # of config.json: those that `causal_attention` computes
-PROBE_TOLERANCE = 1e-3  # of hidden states, root mean square as a share: rounding in fp32, and of 4-bit kernels
+PROBE_TOKENS = 8
+PROBE_TOLERANCE = 1e-3  # of logits computed in fp32, as a share: other kernels and shapes round differently
 
 
 def causal_attention(
@@ -20,7 +24,7 @@ def causal_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
@@ -33,7 +37,7 @@ def causal_attention(
     Args:
         query: (batch, heads, tokens, width): as many tokens as key and value, or only the last ones (generation).
         key, value: (batch, heads, tokens, width); fewer heads than the query means grouped-query attention.
-        mask: a mask of padding, (batch, tokens), is ignored: there is none before a token.
+        attention_mask: of padding, (batch, tokens); it is ignored, since there is no padding before a token.
         sliding_window: a token attends to so many tokens, itself included (Mistral 7B, arXiv:2310.06825).
         softcap: bound of the scores (Gemma 2, arXiv:2408.00118).
         s_aux: (heads,), a score for attending to nothing (gpt-oss, arXiv:2508.10925).
@@ -43,7 +47,7 @@ def causal_attention(
     """
     values = {name for name, given in others.items() if isinstance(given, torch.Tensor | float)}
     unknown = values - {"position_ids", "cache_position"}
-    if unknown or (mask is not None and mask.dim() != 2) or others.get("is_causal") is False:
+    if unknown or (attention_mask is not None and attention_mask.dim() != 2) or others.get("is_causal") is False:
         raise NotImplementedError(f"attention with {', '.join(sorted(unknown)) or 'a mask'}")
     dtype, tokens = query.dtype, key.shape[2]
     slow = dtype == torch.bfloat16 and query.device.type == "cpu"  # fp32 is faster there, above all backward
@@ -105,7 +109,7 @@ def unfused_attention(
 
 
 def use_causal_attention(model: PreTrainedModel) -> None:
-    """Let a loaded model compute attention here, if that gives its own hidden states; else leave it as it is."""
+    """Let a loaded model compute attention here, if that gives its own logits; else leave it as it is."""
     config, own = model.config, model.config._attn_implementation
     kinds = getattr(config, "layer_types", None) or []
     if not model.is_backend_compatible() or not set(kinds) <= LAYER_TYPES:
@@ -118,19 +122,41 @@ def use_causal_attention(model: PreTrainedModel) -> None:
 
     AttentionInterface.register(PROBE_NAME, recording_attention)
     try:
-        expected, states = (probe_states(model, name) for name in ("eager", PROBE_NAME))
-        equal = (states - expected).square().mean().sqrt() <= PROBE_TOLERANCE * expected.square().mean().sqrt()
+        model.set_attn_implementation("eager")
+        expected = probe_logits(model)
+        model.set_attn_implementation(PROBE_NAME)
+        equal = not is_different(probe_logits(model), expected) and windows == expected_windows(config, kinds)
     except NotImplementedError:
         equal = False
-    model.set_attn_implementation(ATTENTION_NAME if equal and windows == expected_windows(config, kinds) else own)
+    model.set_attn_implementation(ATTENTION_NAME if equal else own)
+
+
+def check_causal(model: PreTrainedModel) -> None:
+    """Refuse a model whose logits depend on the tokens that follow.
+
+    Raises:
+        StageError: says so.
+    """
+    whole, beginning = probe_logits(model), probe_logits(model, PROBE_TOKENS // 2)
+    if is_different(whole[:, : beginning.shape[1]], beginning):
+        name = type(model).__name__
+        raise StageError(
+            f"{name} looks ahead: its logits depend on the tokens that follow; expected a causal language model"
+        )
 
 
 @torch.no_grad()
-def probe_states(model: PreTrainedModel, implementation: str) -> torch.Tensor:
-    """Return the last hidden states of a few tokens with an implementation of attention, in fp32."""
-    model.set_attn_implementation(implementation)
-    ids = torch.arange(min(8, model.config.get_text_config().vocab_size), device=model.device)[None]
-    return model.base_model(input_ids=ids, use_cache=False).last_hidden_state.float()
+def probe_logits(model: PreTrainedModel, tokens: int = PROBE_TOKENS) -> torch.Tensor:
+    """Return the logits of a few tokens, (1, tokens, vocabulary), computed in fp32."""
+    ids = torch.arange(min(tokens, model.config.get_text_config().vocab_size), device=model.device)[None]
+    with computing_in_fp32(model):
+        return model(input_ids=ids, use_cache=False).logits.float()
+
+
+def is_different(logits: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Tell whether the root mean square of the difference is more than rounding; NaN is left to the loss to show."""
+    difference = (logits - expected).square().mean().sqrt()
+    return bool(difference > PROBE_TOLERANCE * expected.square().mean().sqrt())
 
 
 def expected_windows(config: PreTrainedConfig, kinds: list[str]) -> list[int | None]:

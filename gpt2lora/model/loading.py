@@ -37,8 +37,7 @@ def load_base(folder: Path, quantization: QuantizationParams | None, dtype: torc
     target = device.pick_device()
     if quantization is None:
         model = _load_model(folder, config).to(target)
-        with _loading_errors(folder):
-            attention.use_causal_attention(model)
+        choose_attention(model, folder)
         return model
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
@@ -51,9 +50,15 @@ def load_base(folder: Path, quantization: QuantizationParams | None, dtype: torc
             module.support_avx512bf16_for_cpu = False
         elif isinstance(module, Linear8bitLt):
             prepare_8bit_layer(module)
+    choose_attention(model, folder)
+    return model
+
+
+def choose_attention(model: PreTrainedModel, folder: Path) -> None:
+    """Choose how the model in `folder` computes attention, and refuse one that is not causal."""
     with _loading_errors(folder):
         attention.use_causal_attention(model)
-    return model
+        attention.check_causal(model)
 
 
 def load_for_training(

@@ -23,6 +23,7 @@ from gpt2lora.pipeline.artifacts import require_file
 from gpt2lora.pipeline.cli import StageError
 
 MAX_RANK = 2**16  # more than any matrix of a language model has
+FUSED_LAYERS = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")  # whose update `lora_forward` computes
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -101,7 +102,8 @@ def attach_lora(model: PreTrainedModel, lora: LoraParams) -> torch.nn.Module:
         if lora.bits < 16:
             module.lora_A["default"] = fake_quant.FakeQuantLinear(module.lora_A["default"], lora.bits)
             module.lora_B["default"] = fake_quant.FakeQuantLinear(module.lora_B["default"], lora.bits)
-        if not lora.use_dora:
+        # A layer with another `forward` than these may read more than x.
+        if not lora.use_dora and type(module.base_layer).__name__ in FUSED_LAYERS:
             # A method, not a partial: torch.compile would compile a partial again for each layer.
             module.forward = types.MethodType(lora_forward.lora_forward, module)
     return network

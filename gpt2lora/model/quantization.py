@@ -5,8 +5,10 @@ also rounds activations to 8 bits on a GPU and in evaluation (LLM.int8(), Dettme
 float model computes the same, its search for outliers waits for the GPU, and one outlier token changes others.
 """
 
+import contextlib
 import math
 import types
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -84,6 +86,21 @@ def prepare_8bit_layer(layer: torch.nn.Module) -> None:
     layer.register_buffer("absmax", layer.state.SCB, persistent=False)
     # A method, not a partial: torch.compile would compile a partial again for each layer.
     layer.forward = types.MethodType(linear_8bit_forward, layer)
+
+
+@contextlib.contextmanager
+def computing_in_fp32(model: torch.nn.Module) -> Iterator[None]:
+    """Let 4-bit layers compute in fp32, from the same weights."""
+    from bitsandbytes.nn import Linear4bit
+
+    layers = {module: module.compute_dtype for module in model.modules() if isinstance(module, Linear4bit)}
+    for layer in layers:
+        layer.compute_dtype = torch.float32
+    try:
+        yield
+    finally:
+        for layer, dtype in layers.items():
+            layer.compute_dtype = dtype
 
 
 def count_frozen_parameters(model: torch.nn.Module) -> int:

@@ -34,6 +34,7 @@ ATTENTION_KERNELS = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
+MODES = ("compiled", "captured", "eager")  # each is tried if the one before it fails
 MIN_FILL = 0.9  # share of a batch's positions that must hold tokens, or padding costs more than a CUDA graph saves
 _shutdowns: list[threading.Thread] = []  # threads that shut down compile workers
 
@@ -70,19 +71,67 @@ def prepare_backward(
     device = next(model.parameters()).device
     shape = (batch_size, train.width)
     mode, reason = choose_execution(model, train, steps * shape[0] * shape[1], compiled, device)
-    echo(f"train: {mode} steps: {reason}")
-    if mode == "eager":
-        return eager_backward(model, dtype)
-    softmax = softmax_nll
-    if mode == "compiled":
+    random_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    for attempt in MODES[MODES.index(mode) : -1]:
+        try:
+            backward = captured_backward(model, attempt == "compiled", shape, dtype)
+            echo(f"train: {attempt} steps: {reason}")
+            return backward
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a compiler raises many types
+            reason = f"{attempt} ones fail: {type(error).__name__}: {first_line(error)}"
+        # Not in the clause above: until it ends, the error keeps what the attempt allocated.
+        restore_eager(model, device, random_state)
+    echo(f"train: eager steps: {reason}")
+    return eager_backward(model, dtype)
+
+
+def captured_backward(model: torch.nn.Module, compiled: bool, shape: tuple[int, int], dtype: torch.dtype) -> Backward:
+    """Return the computation as a CUDA graph, of compiled layers or of PyTorch's kernels."""
+    device, softmax = next(model.parameters()).device, softmax_nll
+    if compiled:
         wait_for_compile_workers()
         compile_layers(model)
         softmax = torch.compile(softmax_nll, dynamic=False)
     with sdpa_kernel(ATTENTION_KERNELS, set_priority=True):  # the graph keeps the kernels that are chosen now
         replay, share_memory = capture_cuda_graph(model, make_backward(model, dtype, softmax), shape, device)
-    if mode == "compiled":
+    if compiled:
         shut_down_compile_workers()
     return Backward(replay, device, shape, share_memory)
+
+
+def restore_eager(model: torch.nn.Module, device: torch.device, random_state: torch.Tensor) -> None:
+    """Undo what a failed attempt to compile or to capture left behind."""
+    if find_spec("triton"):
+        shut_down_compile_workers()
+    for module in model.modules():
+        module._compiled_call_impl = None
+    torch._dynamo.reset()
+    if hasattr(model, "get_base_model") and hasattr(model.get_base_model(), "_require_grads_hook"):
+        model.get_base_model().disable_input_require_grads()
+    model.zero_grad()
+    # A capture that failed leaves its generator's state waiting for the end of the capture; a copy does not wait.
+    generator = torch.cuda.default_generators[device.index or 0]
+    generator.graphsafe_set_state(generator.clone_state())
+    torch.cuda.set_rng_state(random_state, device)
+    torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def sync_is_error() -> Iterator[None]:
+    """Let whatever waits for the GPU raise RuntimeError."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else "no message"
 
 
 def choose_execution(
@@ -153,6 +202,9 @@ def capture_cuda_graph(
     torch.cuda.empty_cache()  # free memory of another stream cannot be reused
     with torch.cuda.stream(stream):
         for _ in range(3):
+            compute(inputs, targets, count)
+        # What waits for the device cannot be captured. Found here, it leaves no half-captured graph.
+        with sync_is_error():
             compute(inputs, targets, count)
     torch.cuda.current_stream(device).wait_stream(stream)
     trained = [parameter for parameter in model.parameters() if parameter.grad is not None]

@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import IDS, load, write_llama
+from small_models import IDS, INT8, NF4, load, write_bloom, write_llama
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BloomConfig, LlamaForCausalLM, PreTrainedConfig
 
 from gpt2lora.model import attention
+from gpt2lora.pipeline.cli import StageError
 
 
 @pytest.mark.parametrize("heads", [4, 2])
@@ -94,11 +95,13 @@ def test_windows_soft_caps_and_sinks_equal_those_of_transformers(config):
             torch.testing.assert_close(generated[:, 0], expected[:, place], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("argument", ["position_bias", "block_indices", "mask"])
+@pytest.mark.parametrize("argument", ["position_bias", "block_indices", "attention_mask"])
 def test_attention_refuses_what_it_would_leave_out(argument):
     parts = [torch.zeros(1, 2, 5, 8) for _ in range(3)]
     with pytest.raises(NotImplementedError):
-        attention.causal_attention(torch.nn.Module(), *parts, **{"mask": None} | {argument: torch.zeros(1, 1, 5, 5)})
+        attention.causal_attention(
+            torch.nn.Module(), *parts, **{"attention_mask": None} | {argument: torch.zeros(1, 1, 5, 5)}
+        )
 
 
 def test_a_window_that_a_layer_does_not_pass_on_is_left_to_the_model():
@@ -132,3 +135,22 @@ def test_grouped_query_attention_equals_that_of_transformers(tmp_path):
     with torch.no_grad():
         logits = [network.eval()(input_ids=ids).logits for network in (ours, theirs)]
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
+
+
+def test_bloom_looks_ahead_with_our_attention_not_with_its_own(tmp_path):
+    network = load(write_bloom(tmp_path))
+    assert network.config._attn_implementation != attention.ATTENTION_NAME
+    attention.check_causal(network)
+    network.config._attn_implementation = attention.ATTENTION_NAME  # for which Bloom makes no mask
+    with pytest.raises(StageError, match=r"^Bloom\w+ looks ahead"):
+        attention.check_causal(network)
+
+
+@pytest.mark.parametrize("quantization", [None, INT8, NF4], ids=["float", "int8", "nf4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_model_that_reads_both_ways_is_refused(tmp_path, quantization, dtype):
+    torch.manual_seed(0)
+    config = small("bert", head_dim=None, hidden_size=64, intermediate_size=64, initializer_range=0.02)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(StageError, match=r"^BertLMHeadModel looks ahead"):
+        load(tmp_path, quantization, dtype)

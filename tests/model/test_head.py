@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 import torch
 from head_models import HEADS, write_head_model
-from small_models import IDS, load, on_every_base, write_bloom, write_gpt2, write_llama
+from small_models import IDS, load, on_every_base, write_gpt2, write_llama
 
 from gpt2lora.dataset.blocks import Blocks
-from gpt2lora.model import attention, head, loading
-from gpt2lora.pipeline.cli import StageError
+from gpt2lora.model import head, loading
 from gpt2lora.scoring.log_likelihood import score_tokens, token_nll, token_rank
 from gpt2lora.scoring.windows import block_windows
 from gpt2lora.training import execution
@@ -87,12 +86,3 @@ def test_quantized_bases_pass_the_check(tmp_path, write_model, quantization, dty
     loading.cast_frozen(network, dtype)
     head.check_head(network, width=8)
     assert not network.computes_own_logits
-
-
-def test_bloom_looks_ahead_with_our_attention_not_with_its_own(tmp_path):
-    network = load(write_bloom(tmp_path))
-    assert network.config._attn_implementation != attention.ATTENTION_NAME
-    head.check_head(network, width=8)
-    network.config._attn_implementation = attention.ATTENTION_NAME  # for which Bloom makes no mask
-    with pytest.raises(StageError, match=r"^Bloom\w+ looks ahead"):
-        head.check_head(network, width=8)

@@ -13,6 +13,7 @@ import torch._dynamo
 from small_models import INT8, NF4, fill_factors_b, new_adapter
 from torch._functorch._aot_autograd.autograd_cache import check_cacheable
 from training_steps import make_rows, on_gpu
+from transformers import MistralConfig, MistralForCausalLM
 
 from benchmarks import random_inputs, workspace
 from gpt2lora.dataset import blocks
@@ -220,3 +221,55 @@ def test_deterministic_runs_give_the_same_bytes_on_a_gpu(tiny_model, tmp_path, v
     one, two = (digests(tmp_path / name / "data" / "adapter") for name in ("one", "two"))
     assert one == two
     assert any(name.endswith(".safetensors") for name in one)
+
+
+@on_gpu
+@pytest.mark.parametrize("wait", ["item", "nonzero"])
+def test_a_model_that_waits_for_the_gpu_trains_in_eager_steps(tiny_model, capsys, wait):
+    network, split = train_model(tiny_model, dropout=0.5), make_rows([17] * 4)
+    network.get_base_model().transformer.h[0].register_forward_hook(lambda module, inputs, output: wait_for(wait))
+    random_state = torch.cuda.get_rng_state()
+    backward = execution.prepare_backward(network, split, 4, "always", 1, FP32)
+    assert torch.equal(torch.cuda.get_rng_state(), random_state)
+    assert "train: eager steps: captured ones fail: RuntimeError: " in capsys.readouterr().out
+    assert backward.shape is None
+    assert len({take_step(network, backward, split)[0] for _ in range(3)}) == 3  # dropout
+
+
+def wait_for(how: str) -> None:
+    flags = torch.ones(4, device=DEVICE)
+    flags.sum().item() if how == "item" else flags.nonzero()
+
+
+@on_gpu
+def test_a_model_that_does_not_compile_is_captured(tiny_model, capsys, monkeypatch):
+    network, split = train_model(tiny_model), make_rows([17] * 4)
+    expected_nll, _ = take_step(network, execution.eager_backward(network, FP32), split)
+
+    def fail(model: torch.nn.Module) -> None:
+        execution_compile(model)
+        raise ValueError("the compiler's line\nand others")
+
+    execution_compile = execution.compile_layers
+    monkeypatch.setattr(execution, "compile_layers", fail)
+    backward = execution.prepare_backward(network, split, 4, "always", 1, FP32)
+    printed = capsys.readouterr().out
+    assert printed == "train: captured steps: compiled ones fail: ValueError: the compiler's line\n"
+    assert not any(module._compiled_call_impl for module in network.modules())
+    assert take_step(network, backward, split)[0] == pytest.approx(expected_nll, rel=1e-5)
+
+
+@on_gpu
+def test_a_sliding_window_is_captured(tmp_path, capsys):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = MistralConfig(vocab_size=300, num_key_value_heads=1, sliding_window=8, **sizes)
+    MistralForCausalLM(config).save_pretrained(tmp_path)
+    network = train_model(tmp_path)
+    split = make_rows([17] * 4)
+    expected_nll, expected_gradients = take_step(network, execution.eager_backward(network, FP32), split)
+    backward = execution.prepare_backward(network, split, 4, "never", 1, FP32)
+    assert "train: captured steps" in capsys.readouterr().out
+    nll, gradients = take_step(network, backward, split)
+    assert nll == pytest.approx(expected_nll, rel=1e-5)
+    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-3, atol=1e-5)

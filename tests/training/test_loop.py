@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from small_models import NF4, load, new_adapter, write_bloom
+from small_models import NF4, load, new_adapter
 from tiny import train_params
 from training_steps import (
     LENGTHS,
@@ -16,8 +16,6 @@ from training_steps import (
 )
 from transformers import OPTConfig, OPTForCausalLM
 
-from gpt2lora.model import attention
-from gpt2lora.pipeline.cli import StageError
 from gpt2lora.scoring import log_likelihood
 from gpt2lora.training import loop, optimizer
 from gpt2lora.training.loss import make_batch
@@ -164,13 +162,6 @@ def test_base_dropout_of_0_replaces_that_of_the_model_s_config(tiny_model):
 
 
 # Runs
-
-
-def test_a_model_that_looks_ahead_is_not_trained(tmp_path):
-    network, split = new_adapter(write_bloom(tmp_path)), make_rows([9] * 2)
-    network.get_base_model().config._attn_implementation = attention.ATTENTION_NAME  # for which Bloom makes no mask
-    with pytest.raises(StageError, match=r"^Bloom\w+ looks ahead"):
-        loop.fit(network, split, split, train_params(), 0)
 
 
 def test_the_model_ends_with_its_lowest_validation_loss(tiny_model):

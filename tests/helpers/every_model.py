@@ -1,0 +1,92 @@
+"""A small model of every type that transformers maps to a causal language model, for the tests of all of them."""
+
+from pathlib import Path
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+VOCABULARY, POSITIONS, WIDTH, HEADS = 300, 64, 128, 8
+EXPERTS, STATE = 4, 16  # STATE: of a recurrent layer; also the width of a sliding window
+MAX_PARAMETERS = 20_000_000  # a type whose sizes cannot be set is larger
+# Values of config.json, and the keys of this meaning: those that a configuration has are set.
+VALUES = {
+    WIDTH: """hidden_size d_model n_embd emb_dim decoder_hidden_size embedding_size word_embed_proj_dim dim
+        lru_width""",
+    2: """num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_decoder_layers
+        num_encoder_layers num_key_value_heads n_mamba_heads num_experts_per_tok moe_k moe_top_k""",
+    HEADS: """num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads
+        num_decoder_attention_heads num_encoder_attention_heads""",
+    WIDTH // HEADS: """head_dim kv_lora_rank q_lora_rank v_head_dim mamba_d_head mamba_head_dim""",
+    2 * WIDTH: """intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim n_inner d_ff dff d_inner""",
+    WIDTH // 2: """moe_intermediate_size shared_expert_intermediate_size""",
+    EXPERTS: """num_experts num_local_experts n_routed_experts moe_num_experts""",
+    1: """n_group topk_group mamba_n_groups""",
+    2 * WIDTH // (WIDTH // HEADS): """mamba_n_heads mamba_num_heads""",
+    STATE: """mamba_d_state ssm_state_size state_size sliding_window attention_window_size window_size
+        qk_rope_head_dim qk_nope_head_dim rotary_dim""",
+    POSITIONS: """max_position_embeddings n_positions n_ctx max_seq_len""",
+}
+SIZES = {key: value for value, keys in VALUES.items() for key in keys.split()}
+TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+LAYER_TYPES = ("layer_types", "layers_block_type", "mlp_layer_types")
+# What a type needs beside or instead of SIZES.
+CHANGES = {
+    "bert": {"is_decoder": True},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"]},
+    "nemotron": {"head_dim": WIDTH // HEADS},
+    "prophetnet": {"num_hidden_layers": None},
+    "reformer": {"is_decoder": True},
+    "zaya": {"num_experts_per_tok": 1},
+}
+LATENT_ATTENTION = """axk1 axk2 bailing_hybrid deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa
+    kimi_linear longcat_flash minicpm3 youtu"""  # whose head_dim is that of the rotary part
+CHANGES |= {kind: {"head_dim": STATE} for kind in LATENT_ATTENTION.split()}
+
+
+def small_config(kind: str) -> PreTrainedConfig:
+    """Return the configuration of a small model of a type: two layers, or one of each kind of layer."""
+    default = CONFIG_MAPPING[kind]().get_text_config(decoder=True)
+    values = {key: value for key, value in SIZES.items() if _is_set(default, key)} | TOKENS
+    for key in LAYER_TYPES:
+        if _is_set(default, key):
+            kinds = list(dict.fromkeys(getattr(default, key)))
+            values[key] = (kinds * 2)[: max(2, len(kinds))]
+            values |= {name: len(values[key]) for name in ("num_hidden_layers", "n_layer") if name in values}
+    changes = CHANGES.get(kind, {})
+    values = {key: value for key, value in (values | changes).items() if value is not None}
+    return type(default)(**values)
+
+
+def _is_set(config: PreTrainedConfig, key: str) -> bool:
+    """Tell whether a configuration has a value at a key that can be changed."""
+    kind_of = getattr(type(config), key, None)
+    if isinstance(kind_of, property) and kind_of.fset is None:
+        return False
+    try:
+        return getattr(config, key, None) is not None
+    except Exception:  # values that differ from layer to layer
+        return False
+
+
+def write_small_model(kind: str, folder: Path, tokenizer: Path) -> Path:
+    """Write a small model of a type with random weights, and the tokenizer of another folder.
+
+    Raises:
+        Exception: transformers cannot build or run it at this size.
+    """
+    config = small_config(kind)
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+    if size > MAX_PARAMETERS:
+        raise ValueError(f"{size:,} parameters although its sizes are set")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        assert model(input_ids=torch.arange(1, 33)[None], use_cache=False).logits.shape == (1, 32, VOCABULARY)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    return folder
+
+
+ALL_TYPES = list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
