@@ -48,6 +48,7 @@ def main(out: Path) -> None:
         check_weights(folder, preset.model)
         write_fast_tokenizer(folder, preset.model)
         size = check_vocabulary(folder, preset.model)
+        check_floats(folder, preset.model)
         check_code(folder, preset.model)
         (folder / MANIFEST).write_text(json.dumps({"files": digests(folder)}, indent=2) + "\n")
     environment.write_record(out, "base", started, preset=name, model=preset.model, revision=preset.model_revision)
@@ -78,6 +79,17 @@ def check_weights(folder: Path, name: str) -> None:
                 pass
         except SafetensorError as error:
             raise StageError(f"{name}: {file.name} is damaged, or a pointer of Git LFS: {error}") from error
+
+
+def check_floats(folder: Path, name: str) -> None:
+    """Refuse weights that are quantized already: `train` quantizes floats, and knows how."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise StageError(
+            f"{name}: its weights are quantized already (config.json: quantization_config, {method}): expected floats; "
+            "take the model's float version, or save one: model.dequantize().save_pretrained(folder)"
+        )
 
 
 def write_fast_tokenizer(folder: Path, name: str) -> None:

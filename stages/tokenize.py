@@ -28,6 +28,7 @@ from gpt2lora.pipeline.artifacts import MANIFEST, atomic_output, digests, read_j
 from gpt2lora.pipeline.cli import StageError, command, echo
 
 LAYOUTS = ("packed", "padded")
+MAX_DEFAULT = 1024  # positions: those of GPT-2. A step on the 131,072 of a Llama takes minutes, or does not fit
 
 
 @dataclass
@@ -96,7 +97,7 @@ def main(raw: Path, base: Path, out: Path) -> None:
 
 
 def choose_block_size(block_size: int | None, config: dict, prefix: int) -> int:
-    """Return the context in tokens: tokenize.block_size, or by default the model's number of positions.
+    """Return the context in tokens: tokenize.block_size, or by default the model's positions, at most MAX_DEFAULT.
 
     Args:
         prefix: number of ids that begin each row.
@@ -107,7 +108,9 @@ def choose_block_size(block_size: int | None, config: dict, prefix: int) -> int:
         raise params.invalid("tokenize.block_size", None, expected)
     if positions and block_size and block_size > positions:
         raise params.invalid("tokenize.block_size", block_size, f"at most {positions}, the model's n_positions")
-    context = block_size or positions
+    context = block_size or min(positions, MAX_DEFAULT)
+    if not block_size and positions > context:
+        echo(f"tokenize: blocks of {context:,} tokens; the model has {positions:,} positions: tokenize.block_size")
     params.require(context >= prefix, "tokenize.block_size", context, f"at least {prefix}, the ids before each row")
     return context
 

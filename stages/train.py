@@ -72,6 +72,7 @@ def main(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path) 
         device.make_deterministic()
     torch.manual_seed(seed)
     model, initial_factors = loading.load_for_training(base, method, quantization, lora_params, dtype)
+    summary.echo_weights_without_adapter(model)
     train, validation = load_blocks(tokens, "train", prefix), load_blocks(tokens, "validation", prefix)
 
     sections = {"quantization": quantization, "lora": lora_params, "train": options}

@@ -1,17 +1,16 @@
 """Load the base model, in floats or quantized, and the tuned model; read and write method.json beside an adapter."""
 
-import contextlib
 import json
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from gpt2lora.model import attention, device, lora, lora_init
+from gpt2lora.model.errors import library_errors
 from gpt2lora.model.quantization import (
     QuantizationParams,
     bitsandbytes_config,
@@ -56,7 +55,9 @@ def load_base(folder: Path, quantization: QuantizationParams | None, dtype: torc
 
 def choose_attention(model: PreTrainedModel, folder: Path) -> None:
     """Choose how the model in `folder` computes attention, and refuse one that is not causal."""
-    with _loading_errors(folder):
+    quantized = " with a quantized base" if getattr(model, "hf_quantizer", None) else ""
+    what = f"{folder}: {type(model).__name__} fails on a few tokens{quantized}"
+    with library_errors(what, "try method lora" if quantized else "take another model"):
         attention.use_causal_attention(model)
         attention.check_causal(model)
 
@@ -72,7 +73,8 @@ def load_for_training(
     model = load_base(base, quantization, dtype)
     if method == "full":
         return model, {}
-    model = lora.attach_lora(model, lora_params)
+    with library_errors(f"{base}: PEFT cannot attach an adapter", "set lora.target_modules to names of other layers"):
+        model = lora.attach_lora(model, lora_params)
     floats = lora.linear_layers(load_base(base, None, dtype)) if lora_params.init == "loftq" else {}
     initial_factors = lora_init.initialize_lora(lora.lora_layers(model), lora_params.init, floats)
     if not lora_params.use_dora:  # DoRA computes norms of whole weights, which need fp32
@@ -169,15 +171,8 @@ def _load_model(folder: Path, config: PretrainedConfig, **quantized) -> PreTrain
     return model
 
 
-@contextlib.contextmanager
-def _loading_errors(folder: Path) -> Iterator[None]:
+def _loading_errors(folder: Path) -> AbstractContextManager[None]:
     """Turn the errors that transformers raises for a folder without a causal language model into one line."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError, SafetensorError) as error:
-        if "can't allocate memory" in str(error):  # PyTorch's message on a CPU
-            raise
-        line = f"{folder}: transformers itself cannot load this model ({type(error).__name__}: {error})"
-        raise StageError(f"{line}; code that comes with a model is never run") from error
+    return library_errors(
+        f"{folder}: transformers itself cannot load this model", "code that comes with a model is never run"
+    )

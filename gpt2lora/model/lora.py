@@ -6,6 +6,7 @@ scaled to learned norms (Liu et al., 2024, arXiv:2402.09353).
 """
 
 import json
+import math
 import re
 import types
 from dataclasses import dataclass
@@ -18,11 +19,14 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from gpt2lora.model import fake_quant, lora_forward, lora_init
+from gpt2lora.model.quantization import parameter_size
 from gpt2lora.pipeline import params
 from gpt2lora.pipeline.artifacts import require_file
 from gpt2lora.pipeline.cli import StageError
 
 MAX_RANK = 2**16  # more than any matrix of a language model has
+MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")  # of PEFT's list
+MAMBA_FUSED = (".out_proj", ".conv1d")
 FUSED_LAYERS = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")  # whose update `lora_forward` computes
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -115,13 +119,38 @@ def is_fan_in_fan_out(model: PreTrainedModel) -> bool:
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
-    """Return the layers that can have an adapter, by name: all linear layers except the output head."""
+    """Return the layers that can have an adapter, by name: all linear layers except the output head.
+
+    PEFT refuses layers whose weight a fused kernel of a Mamba reads, without calling the layer.
+    """
     head = model.get_output_embeddings()
+    fused = MAMBA_FUSED if model.config.model_type in MAMBA_TYPES else ()
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head and not name.endswith(fused)
     }
+
+
+def weights_without_adapter(network: torch.nn.Module) -> tuple[float, list[str]]:
+    """Return how much of the weights between embedding and output head lies in layers without an adapter.
+
+    Biases and norms do not count. With all weights trained, as with method full, it is none.
+
+    Returns:
+        The share in percent, and the names of these weights after the layer's number, such as "mlp.c_fc.weight".
+    """
+    if not hasattr(network, "get_base_model"):
+        return 0.0, []
+    base = network.get_base_model()
+    embeddings = [module for module in base.modules() if isinstance(module, torch.nn.Embedding)]
+    outer = {id(layer.weight) for layer in (*embeddings, base.get_output_embeddings()) if layer is not None}
+    sizes = {name: parameter_size(each) for name, each in base.named_parameters() if id(each) not in outer}
+    sizes = {name: size for name, size in sizes.items() if ".lora_" not in name}
+    total = sum(math.prod(shape) for shape in sizes.values() if len(shape) > 1)
+    rest = {name: math.prod(shape) for name, shape in sizes.items() if len(shape) > 1 and ".base_layer." not in name}
+    kinds = sorted({re.split(r"\.\d+\.", name, maxsplit=1)[-1] for name in rest})
+    return 100 * sum(rest.values()) / total, kinds
 
 
 def select_target_layers(layers: list[str], lora: LoraParams) -> list[str]:

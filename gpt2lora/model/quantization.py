@@ -106,7 +106,7 @@ def computing_in_fp32(model: torch.nn.Module) -> Iterator[None]:
 def count_frozen_parameters(model: torch.nn.Module) -> int:
     """Return the number of frozen weights, which is not numel for 4-bit parameters: they hold two weights a byte."""
     frozen = (parameter for parameter in model.parameters() if not parameter.requires_grad)
-    return sum(math.prod(_shape(parameter)) for parameter in frozen)
+    return sum(math.prod(parameter_size(parameter)) for parameter in frozen)
 
 
 def count_frozen_bytes(model: torch.nn.Module) -> int:
@@ -119,7 +119,8 @@ def count_frozen_bytes(model: torch.nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _shape(parameter: torch.nn.Parameter) -> torch.Size:
+def parameter_size(parameter: torch.nn.Parameter) -> torch.Size:
+    """Return the shape of a weight, whether or not it is stored in 4 bits."""
     state = getattr(parameter, "quant_state", None)
     return parameter.shape if state is None else state.shape
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from gpt2lora.dataset.blocks import Blocks
+from gpt2lora.model.errors import computation_errors
 from gpt2lora.model.head import (
     OutputHead,
     autocast,
@@ -58,9 +59,10 @@ def score_windows(
     model: torch.nn.Module, windows: Windows, batch_size: int | None, dtype: torch.dtype, label: str
 ) -> TokenScores:
     """Score all windows, `batch_size` at once, or by default as many as hold BATCH_TOKENS tokens."""
-    check_head(model, int(windows.reads.max()))
     batch_size = batch_size or max_windows(windows, next(model.parameters()).device)
-    nll, ranks = score_tokens(model, windows, batch_size, dtype, label, (token_nll, token_rank))
+    with computation_errors(model, dtype, "evaluate.precision"):
+        check_head(model, int(windows.reads.max()))
+        nll, ranks = score_tokens(model, windows, batch_size, dtype, label, (token_nll, token_rank))
     return TokenScores(nll.astype(np.float64), ranks.astype(np.int64))
 
 

@@ -21,6 +21,7 @@ import torch._functorch.config as autograd_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpt2lora.dataset.blocks import Blocks
+from gpt2lora.model.errors import computation_errors, first_line
 from gpt2lora.model.head import body_and_head
 from gpt2lora.pipeline import params
 from gpt2lora.pipeline.cli import echo
@@ -128,12 +129,6 @@ def sync_is_error() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else "no message"
-
-
 def choose_execution(
     model: torch.nn.Module, train: Blocks, tokens: int, compiled: str, device: torch.device
 ) -> tuple[str, str]:
@@ -166,7 +161,13 @@ def missing_compile_requirement() -> str | None:
 
 def eager_backward(model: torch.nn.Module, dtype: torch.dtype) -> Backward:
     """Return eager computation, for batches of any shape."""
-    return Backward(make_backward(model, dtype, softmax_nll), next(model.parameters()).device, None)
+    compute = make_backward(model, dtype, softmax_nll)
+
+    def compute_or_explain(*batch: torch.Tensor) -> torch.Tensor:
+        with computation_errors(model, dtype, "train.precision"):
+            return compute(*batch)
+
+    return Backward(compute_or_explain, next(model.parameters()).device, None)
 
 
 def make_backward(model: torch.nn.Module, dtype: torch.dtype, softmax: Callable) -> Callable:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from gpt2lora.dataset.blocks import Blocks
 from gpt2lora.model.device import compute_dtype
+from gpt2lora.model.errors import computation_errors
 from gpt2lora.model.head import check_head
 from gpt2lora.pipeline.cli import echo
 from gpt2lora.scoring.log_likelihood import validation_loss
@@ -55,7 +56,8 @@ def fit(
     set_base_dropout(model, options.base_dropout)
     rows_per_step = options.batch_size * options.accumulation_steps
     steps = options.epochs * math.ceil(len(train) / rows_per_step)
-    check_head(model, train.width)
+    with computation_errors(model, dtype, "train.precision"):
+        check_head(model, train.width)
     state = resume_state(checkpoints, trained, optimizer, steps) or first_state(model, validation, options, dtype)
     model.train()
     backward = prepare_backward(model, train, options.batch_size, options.compile, steps, dtype)
@@ -94,7 +96,8 @@ def fit(
 
 def first_state(model: torch.nn.Module, validation: Blocks, options: TrainParams, dtype: torch.dtype) -> TrainState:
     """Return the state before the first step."""
-    loss = validation_loss(model, validation, options.batch_size, dtype, "validation before training")
+    with computation_errors(model, dtype, "train.precision"):
+        loss = validation_loss(model, validation, options.batch_size, dtype, "validation before training")
     return TrainState(0, History([], loss, {"validation_loss": math.inf}, 0, 0.0), [], [], [])
 
 

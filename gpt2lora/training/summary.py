@@ -2,7 +2,7 @@
 
 import torch
 
-from gpt2lora.model.lora import lora_layers
+from gpt2lora.model.lora import lora_layers, weights_without_adapter
 from gpt2lora.model.quantization import count_frozen_bytes, count_frozen_parameters
 from gpt2lora.pipeline.cli import echo
 from gpt2lora.training.state import History
@@ -22,6 +22,7 @@ def summarize_training(model: torch.nn.Module, history: History) -> dict:
         "start_validation_loss": history.start_loss,
         "best_validation_loss": history.best["validation_loss"],
         "best_step": history.best["step"],
+        "weights_without_adapter_percent": weights_without_adapter(model)[0],
         "adapted_modules": list(lora_layers(model)) if hasattr(model, "get_base_model") else [],
     }
 
@@ -45,3 +46,10 @@ def echo_result(record: dict, timings: dict) -> None:
     )
     if best >= start:
         echo("train: warning: no better than before training; lower train.learning_rate or train for more epochs")
+
+
+def echo_weights_without_adapter(model: torch.nn.Module) -> None:
+    """Print which share of the weights no adapter reaches, if there are any."""
+    percent, kinds = weights_without_adapter(model)
+    if kinds:
+        echo(f"train: {percent:.1f} % of the weights lie in layers without an adapter: {', '.join(kinds)}")

@@ -8,7 +8,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 VOCABULARY, POSITIONS, WIDTH, HEADS = 300, 64, 128, 8
 EXPERTS, STATE = 4, 16  # STATE: of a recurrent layer; also the width of a sliding window
-MAX_PARAMETERS = 20_000_000  # a type whose sizes cannot be set is larger
+MAX_PARAMETERS = 30_000_000  # a type whose sizes cannot be set is larger
 # Values of config.json, and the keys of this meaning: those that a configuration has are set.
 VALUES = {
     WIDTH: """hidden_size d_model n_embd emb_dim decoder_hidden_size embedding_size word_embed_proj_dim dim

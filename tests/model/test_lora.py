@@ -20,6 +20,7 @@ from small_models import (
     write_llama,
 )
 from tiny import low_rank
+from transformers import MambaConfig, MambaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from gpt2lora.model import lora
 from gpt2lora.model.quantization import count_frozen_parameters
@@ -186,6 +187,30 @@ def test_a_llama_gets_an_adapter_and_trains_it(tmp_path, quantization):
     train_one_step(network)
     assert not torch.equal(logits(network), expected)
     assert count_frozen_parameters(network) == sum(value.numel() for value in load(tmp_path).parameters())
+
+
+def test_weights_that_no_adapter_reaches_are_named(tiny_model):
+    assert lora.weights_without_adapter(new_adapter(tiny_model)) == (0.0, [])
+    assert lora.weights_without_adapter(load(tiny_model)) == (0.0, [])  # all are trained
+    share, names = lora.weights_without_adapter(new_adapter(tiny_model, NF4, target_modules=["attn.c_attn", "c_fc"]))
+    assert names == ["attn.c_proj.weight", "mlp.c_proj.weight"]
+    assert share == 100 * (64 * 64 + 256 * 64) / (12 * 64 * 64)
+
+
+def test_experts_held_as_parameters_get_no_adapter_and_are_named():
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1, "num_local_experts": 4}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 50}
+    network = lora.attach_lora(MixtralForCausalLM(MixtralConfig(**sizes, **heads)), low_rank())
+    share, names = lora.weights_without_adapter(network)
+    assert names == ["mlp.experts.down_proj", "mlp.experts.gate_up_proj", "mlp.gate.weight"]
+    experts, attention = 4 * 3 * 64 * 32 + 4 * 64, 4 * 64 * 64
+    assert share == 100 * experts / (experts + attention)
+
+
+def test_layers_that_a_fused_kernel_of_mamba_reads_get_no_adapter():
+    model = MambaForCausalLM(MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=50, state_size=4))
+    kinds = {name.rpartition(".")[2] for name in lora.lora_layers(lora.attach_lora(model, low_rank()))}
+    assert kinds == {"in_proj", "x_proj", "dt_proj"}
 
 
 # Files

@@ -31,6 +31,14 @@ def test_an_invalid_size_in_the_configuration_is_refused(stage_folder, key, valu
     assert error_line(base.main) == f"model: config.json: {key} is {value!r}: expected an integer above 0"
 
 
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq"])
+def test_weights_that_are_quantized_already_are_refused(stage_folder, method):
+    update_json(stage_folder / "model" / "config.json", quantization_config={"quant_method": method})
+    line = error_line(base.main)
+    assert line.startswith(f"model: its weights are quantized already (config.json: quantization_config, {method})")
+    assert line.endswith("model.dequantize().save_pretrained(folder)")
+
+
 def test_damaged_weights_are_reported(stage_folder):
     """The file is a pointer, as in a clone without Git LFS."""
     (stage_folder / "model" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
