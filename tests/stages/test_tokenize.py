@@ -72,6 +72,7 @@ def test_a_padded_row_is_a_paragraph_ended_by_end_of_text(folder, tiny_model, ti
 
 def test_the_default_block_size_is_the_models_context(folder, tiny_model):
     assert run_tokenize(folder, "packed", None, tiny_model)["block_size"] == tiny.POSITIONS
+    assert blocks.load_blocks(Path("tokens"), "train", ()).ids.shape[1] == tiny.POSITIONS + 1
 
 
 @pytest.mark.parametrize(("positions", "expected"), [(512, 512), (1024, 1024), (131_072, 1024)])
@@ -80,7 +81,6 @@ def test_the_default_block_size_is_at_most_1024(capsys, positions, expected):
     line = "tokenize: blocks of 1,024 tokens; the model has 131,072 positions: tokenize.block_size\n"
     assert capsys.readouterr().out == (line if positions > expected else "")
     assert tokenize.choose_block_size(positions, {"max_position_embeddings": positions}, 0) == positions
-    assert blocks.load_blocks(Path("tokens"), "train", ()).ids.shape[1] == tiny.POSITIONS + 1
 
 
 def test_ids_of_a_large_vocabulary_have_four_bytes(folder, tiny_model):
