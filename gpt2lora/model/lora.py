@@ -101,13 +101,14 @@ def attach_lora(model: PreTrainedModel, lora: LoraParams) -> torch.nn.Module:
     )
     network = get_peft_model(model, config)
     for module in lora_layers(network).values():
-        # Autocast chooses the type; otherwise PEFT first copies each input to fp32.
-        module.cast_input_dtype_enabled = False
+        # A layer with another `forward` than these may read more than x: PEFT computes it, in fp32.
+        is_fused = not lora.use_dora and type(module.base_layer).__name__ in FUSED_LAYERS
+        # With DoRA autocast chooses the type; otherwise PEFT first copies each input to fp32.
+        module.cast_input_dtype_enabled = not is_fused and not lora.use_dora
         if lora.bits < 16:
             module.lora_A["default"] = fake_quant.FakeQuantLinear(module.lora_A["default"], lora.bits)
             module.lora_B["default"] = fake_quant.FakeQuantLinear(module.lora_B["default"], lora.bits)
-        # A layer with another `forward` than these may read more than x.
-        if not lora.use_dora and type(module.base_layer).__name__ in FUSED_LAYERS:
+        if is_fused:
             # A method, not a partial: torch.compile would compile a partial again for each layer.
             module.forward = types.MethodType(lora_forward.lora_forward, module)
     return network

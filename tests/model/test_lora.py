@@ -20,9 +20,17 @@ from small_models import (
     write_llama,
 )
 from tiny import low_rank
-from transformers import MambaConfig, MambaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from gpt2lora.model import lora
+from gpt2lora.model.loading import cast_frozen
 from gpt2lora.model.quantization import count_frozen_parameters
 from gpt2lora.pipeline.cli import StageError
 from gpt2lora.training.loss import nll_sum
@@ -211,6 +219,18 @@ def test_layers_that_a_fused_kernel_of_mamba_reads_get_no_adapter():
     model = MambaForCausalLM(MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=50, state_size=4))
     kinds = {name.rpartition(".")[2] for name in lora.lora_layers(lora.attach_lora(model, low_rank()))}
     assert kinds == {"in_proj", "x_proj", "dt_proj"}
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+def test_layers_with_a_forward_of_their_own_train_in_bf16(tmp_path, bits):
+    """Falcon's layers are a subclass of nn.Linear, which `lora_forward` does not compute."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 300}
+    FalconForCausalLM(FalconConfig(**sizes)).save_pretrained(tmp_path)
+    network = new_adapter(tmp_path, bits=bits)
+    cast_frozen(network, torch.bfloat16)
+    before = logits(network, torch.bfloat16)
+    train_one_step(network, torch.bfloat16)
+    assert not torch.equal(logits(network, torch.bfloat16), before)
 
 
 # Files
