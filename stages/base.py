@@ -12,9 +12,11 @@ from pathlib import Path
 
 import click
 
+from gpt2lora.model.early_checks import check_dataset, check_later_params
 from gpt2lora.pipeline import environment, params
 from gpt2lora.pipeline.artifacts import MANIFEST, atomic_output, digests
 from gpt2lora.pipeline.cli import StageError, command, echo
+from gpt2lora.pipeline.schemas import check_params
 from gpt2lora.sources import hub, local
 from gpt2lora.sources.hub import CONFIG_FILES
 
@@ -28,22 +30,29 @@ WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 def main(out: Path) -> None:
     """Fetch the base model and its tokenizer into data/base."""
     started = time.perf_counter()
+    check_params()
     name = params.choice("preset", "presets")
     preset = params.section(f"presets.{name}", params.PresetParams)
     seed = params.seed()
     key = f"presets.{name}.model"
 
+    check_dataset(name)
     with atomic_output(out) as folder:
         folder.mkdir()
         if preset.model == local.SAMPLE:
             from gpt2lora.sample import model
 
+            model.sample_config().save_pretrained(folder)
+            check_later_params(read_config(folder, preset.model), folder)
             model.make_sample_model(folder, seed)
         elif source := local.resolve_local_path(key, preset.model, preset.model_revision):
+            check_later_params(read_config(source, preset.model), source)
             echo(f"base: copying {source}")
             copy_model(source, folder)
         else:
             echo(f"base: fetching {preset.model} at {preset.model_revision}")
+            config = hub.fetch_config(preset.model, preset.model_revision)
+            check_later_params(read_config(config, preset.model), config)
             copy_model(hub.fetch_model(preset.model, preset.model_revision), folder)
         check_weights(folder, preset.model)
         write_fast_tokenizer(folder, preset.model)
@@ -57,8 +66,6 @@ def main(out: Path) -> None:
 def copy_model(source: Path, folder: Path) -> None:
     """Copy the files of a model that are needed, unchanged: no pickles, no code, no weights of other frameworks."""
     weights = [path for pattern in WEIGHT_FILES for path in sorted(source.glob(pattern))]
-    if not (source / "config.json").is_file():
-        raise StageError(f"{source}: no config.json: expected a folder written by transformers' save_pretrained")
     if not any(path.suffix == ".safetensors" for path in weights):
         pickles = sorted(path.name for path in source.iterdir() if path.suffix in hub.PICKLES)
         refused = f" ({', '.join(pickles)}: pickled weights can run code, so they are refused)" if pickles else ""
@@ -97,10 +104,10 @@ def write_fast_tokenizer(folder: Path, name: str) -> None:
         raise StageError(f"{name}: the tokenizer has no fast form (tokenizer.json), which `tokenize` needs")
 
 
-def check_vocabulary(folder: Path, name: str) -> int:
-    """Return the size of the tokenizer's vocabulary; refuse a model whose embedding lacks a row for one of its ids."""
-    from tokenizers import Tokenizer
-
+def read_config(folder: Path, name: str) -> dict:
+    """Return config.json, after a look at the sizes in it."""
+    if not (folder / "config.json").is_file():
+        raise StageError(f"{name}: no config.json: expected a folder written by transformers' save_pretrained")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         sizes = {"vocab_size": config["vocab_size"]}
@@ -110,11 +117,18 @@ def check_vocabulary(folder: Path, name: str) -> int:
     for key, size in sizes.items():
         if type(size) is not int or size <= 0:
             raise StageError(f"{name}: config.json: {key} is {size!r}: expected an integer above 0")
+    return config
+
+
+def check_vocabulary(folder: Path, name: str) -> int:
+    """Return the size of the tokenizer's vocabulary; refuse a model whose embedding lacks a row for one of its ids."""
+    from tokenizers import Tokenizer
+
+    rows = read_config(folder, name)["vocab_size"]
     try:
         ids = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab(with_added_tokens=True).values()
     except Exception as error:  # tokenizers raises plain Exception
         raise StageError(f"{name}: tokenizer.json is damaged: {error}") from error
-    rows = sizes["vocab_size"]
     if max(ids, default=-1) >= rows:
         raise StageError(f"{name}: the tokenizer has an id {max(ids):,}, the embedding only {rows:,} rows: not a pair")
     return len(ids)

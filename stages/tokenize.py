@@ -7,7 +7,6 @@ out  data/tokens: {train,validation,test}.npy, {train,validation,test}.lengths.n
 
 import json
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -19,28 +18,14 @@ from gpt2lora.dataset.tokenizer import (
     encode_paragraphs,
     end_of_text_id,
     load_tokenizer,
-    max_context,
     read_lines,
     text_prefix,
 )
 from gpt2lora.pipeline import environment, params
 from gpt2lora.pipeline.artifacts import MANIFEST, atomic_output, digests, read_json, require_file, verify_folder
 from gpt2lora.pipeline.cli import StageError, command, echo
-
-LAYOUTS = ("packed", "padded")
-
-
-@dataclass
-class TokenizeParams:
-    """The section `tokenize` of params.yaml."""
-
-    block_size: int | None
-    layout: str
-
-    def __post_init__(self):
-        valid = self.block_size is None or self.block_size > 0
-        params.require(valid, "tokenize.block_size", self.block_size, "an integer above 0, or null")
-        params.require(self.layout in LAYOUTS, "tokenize.layout", self.layout, f"one of {', '.join(LAYOUTS)}")
+from gpt2lora.pipeline.context import choose_block_size
+from gpt2lora.pipeline.schemas import TokenizeParams, check_params
 
 
 @command
@@ -50,6 +35,7 @@ class TokenizeParams:
 def main(raw: Path, base: Path, out: Path) -> None:
     """Encode the corpus into token arrays, which train and evaluate read."""
     started = time.perf_counter()
+    check_params()
     from gpt2lora.dataset import blocks
 
     tokenize = params.section("tokenize", TokenizeParams)
@@ -93,23 +79,6 @@ def main(raw: Path, base: Path, out: Path) -> None:
         }
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     environment.write_record(out, "tokenize", started)
-
-
-def choose_block_size(block_size: int | None, config: dict, prefix: int) -> int:
-    """Return the context in tokens: tokenize.block_size, or by default the model's number of positions.
-
-    Args:
-        prefix: number of ids that begin each row.
-    """
-    positions = max_context(config)
-    if positions is None and block_size is None:
-        expected = "an integer, since the model's config names no longest context"
-        raise params.invalid("tokenize.block_size", None, expected)
-    if positions and block_size and block_size > positions:
-        raise params.invalid("tokenize.block_size", block_size, f"at most {positions}, the model's n_positions")
-    context = block_size or positions
-    params.require(context >= prefix, "tokenize.block_size", context, f"at least {prefix}, the ids before each row")
-    return context
 
 
 if __name__ == "__main__":

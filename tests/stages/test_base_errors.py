@@ -8,7 +8,8 @@ from bad_input import error_line, update_json
 from click.testing import CliRunner
 
 from gpt2lora.dataset import tokenizer
-from gpt2lora.model.loading import load_fp32, load_on_meta
+from gpt2lora.model.layers import load_on_meta
+from gpt2lora.model.loading import load_fp32
 from gpt2lora.pipeline.cli import StageError
 from stages import base
 

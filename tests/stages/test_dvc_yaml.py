@@ -152,7 +152,10 @@ def test_a_stage_uses_exactly_what_it_declares(stage, finished, params_read, fak
 
         monkeypatch.chdir(folder)
         params_read.clear()
-        importlib.import_module(f"stages.{stage}").main.main([], standalone_mode=False)
+        module = importlib.import_module(f"stages.{stage}")
+        for check in ("check_params", "check_dataset", "check_later_params"):  # these decide nothing, they only refuse
+            monkeypatch.setattr(module, check, lambda *_: None, raising=False)
+        module.main.main([], standalone_mode=False)
 
         outputs = declared_files(stage, "outs", "metrics", "plots")
         files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {"params.yaml"}
@@ -179,4 +182,6 @@ def test_only_the_params_module_reads_params_yaml(name):
     assert not [node for node in nodes if isinstance(node, ast.Attribute) and ast.unparse(node) == "params.FILE"]
     modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     modules |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
-    assert not {module for module in modules if module and module.split(".")[0] in ("yaml", "omegaconf", "dvc")}
+    assert not {
+        module for module in modules if module and module.split(".")[0] in ("yaml", "ruamel", "omegaconf", "dvc")
+    }

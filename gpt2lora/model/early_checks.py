@@ -1,0 +1,31 @@
+"""What `base` refuses for the stages after it. Nothing here decides anything else, so no parameter counts as read."""
+
+from pathlib import Path
+
+from gpt2lora.pipeline import params
+from gpt2lora.pipeline.context import choose_block_size, choose_stride
+from gpt2lora.pipeline.schemas import EvaluateParams, LoraParams, TokenizeParams
+from gpt2lora.sources import hub, local
+
+
+def check_dataset(preset: str) -> None:
+    """Refuse a corpus that `prepare` would not find, before the model is fetched."""
+    corpus, key = params.section(f"presets.{preset}", params.PresetParams), f"presets.{preset}.dataset"
+    if corpus.dataset == local.SAMPLE or local.resolve_local_path(key, corpus.dataset, corpus.dataset_revision):
+        return
+    hub.check_revision("dataset", corpus.dataset, corpus.dataset_revision)
+
+
+def check_later_params(config: dict, folder: Path) -> None:
+    """Refuse parameters that do not fit the model.
+
+    Args:
+        config: the content of config.json in `folder`, which need not hold anything else.
+    """
+    block_size = choose_block_size(params.section("tokenize", TokenizeParams).block_size, config, 0)
+    choose_stride(params.section("evaluate", EvaluateParams), block_size)
+    lora = params.section("lora", LoraParams)
+    if params.value("method", str) != "full" and (lora.target_modules, lora.layers) != ("all-linear", "all"):
+        from gpt2lora.model import layers  # takes torch, and seconds
+
+        layers.check_target_layers(folder, lora)
