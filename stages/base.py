@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from gpt2lora.model.early_checks import check_dataset, check_later_params
+from gpt2lora.model.early_checks import check_dataset, check_later_params, read_config
 from gpt2lora.pipeline import environment, params
 from gpt2lora.pipeline.artifacts import MANIFEST, atomic_output, digests
 from gpt2lora.pipeline.cli import StageError, command, echo
@@ -21,7 +21,6 @@ from gpt2lora.sources import hub, local
 from gpt2lora.sources.hub import CONFIG_FILES
 
 SLOW_TOKENIZERS = (("vocab.json", "merges.txt"), ("tokenizer.model",))
-POSITIONS = ("n_positions", "max_position_embeddings")  # names of the maximum context in config.json
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 
 
@@ -45,15 +44,12 @@ def main(out: Path) -> None:
             model.sample_config().save_pretrained(folder)
             check_later_params(read_config(folder, preset.model), folder)
             model.make_sample_model(folder, seed)
-        elif source := local.resolve_local_path(key, preset.model, preset.model_revision):
-            check_later_params(read_config(source, preset.model), source)
-            echo(f"base: copying {source}")
-            copy_model(source, folder)
         else:
-            echo(f"base: fetching {preset.model} at {preset.model_revision}")
-            config = hub.fetch_config(preset.model, preset.model_revision)
+            source = local.resolve_local_path(key, preset.model, preset.model_revision)
+            echo(f"base: copying {source}" if source else f"base: fetching {preset.model} at {preset.model_revision}")
+            config = source or hub.fetch_config(preset.model, preset.model_revision)
             check_later_params(read_config(config, preset.model), config)
-            copy_model(hub.fetch_model(preset.model, preset.model_revision), folder)
+            copy_model(source or hub.fetch_model(preset.model, preset.model_revision), folder)
         check_weights(folder, preset.model)
         write_fast_tokenizer(folder, preset.model)
         size = check_vocabulary(folder, preset.model)
@@ -102,22 +98,6 @@ def write_fast_tokenizer(folder: Path, name: str) -> None:
         raise StageError(f"{name}: the tokenizer's files are damaged: {error}") from error
     if not (folder / "tokenizer.json").is_file():
         raise StageError(f"{name}: the tokenizer has no fast form (tokenizer.json), which `tokenize` needs")
-
-
-def read_config(folder: Path, name: str) -> dict:
-    """Return config.json, after a look at the sizes in it."""
-    if not (folder / "config.json").is_file():
-        raise StageError(f"{name}: no config.json: expected a folder written by transformers' save_pretrained")
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        sizes = {"vocab_size": config["vocab_size"]}
-        sizes |= {key: config[key] for key in POSITIONS if config.get(key) is not None}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StageError(f"{name}: config.json holds no vocab_size: expected a causal language model") from error
-    for key, size in sizes.items():
-        if type(size) is not int or size <= 0:
-            raise StageError(f"{name}: config.json: {key} is {size!r}: expected an integer above 0")
-    return config
 
 
 def check_vocabulary(folder: Path, name: str) -> int:
