@@ -5,6 +5,9 @@ out  data/tokens: {train,validation,test}.npy, {train,validation,test}.lengths.n
      data/environment/tokenize.json: hardware, versions and duration
 """
 
+if __name__ == "tokenize":  # in the place of the standard library's module, since stages/ is where Python was started
+    raise SystemExit("Error: run stages and commands from the repository's root, stages as python -m stages.NAME")
+
 import json
 import time
 from pathlib import Path

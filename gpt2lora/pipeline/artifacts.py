@@ -26,7 +26,10 @@ def require_file(path: Path, stage: str) -> Path:
         StageError: it does not exist.
     """
     if not path.exists():
-        raise StageError(f"{path} is missing: run `dvc repro {stage}`, or python -m stages.{stage}")
+        elsewhere = (
+            "" if path.is_absolute() or Path("dvc.yaml").exists() else f" in {Path.cwd()}, not the repository's root"
+        )
+        raise StageError(f"{path} is missing{elsewhere}: run `dvc repro {stage}`, or python -m stages.{stage}")
     return path
 
 

@@ -126,7 +126,9 @@ def _read() -> bytes:
     try:
         return FILE.read_bytes()
     except FileNotFoundError as error:
-        raise StageError(f"{FILE} not found in {Path.cwd()}: run stages from the root of the repository") from error
+        root = Path(__file__).parents[2]
+        where = f" ({root})" if (root / FILE).is_file() else ""
+        raise StageError(f"{FILE} not found in {Path.cwd()}: run it from the repository's root{where}") from error
 
 
 @functools.lru_cache(1)  # parsing takes 20 ms, and a check of the whole file reads 20 keys

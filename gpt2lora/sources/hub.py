@@ -147,10 +147,10 @@ def check_revision(kind: str, repo_id: str, revision: str | None) -> None:
     set_client_factory(hub_download.make_client)
     if not COMMIT.fullmatch(revision or ""):
         advice = _suggest_commit(kind, repo_id, revision or "main")
-        no_path = f"{repo_id!r} is no file or folder, seen from {Path.cwd()}; on the hub"
+        path = f"; if a path was meant: {repo_id!r} is no file or folder, seen from {Path.cwd()}"
         raise StageError(
             f"{kind} {repo_id}: expected a full commit hash as its revision, not {revision!r}: {advice}"
-            + (f" ({no_path}, it needs the hash)" if revision is None else "")
+            + path * (revision is None)
         )
 
 

@@ -236,4 +236,4 @@ def test_the_error_for_a_file_that_is_not_utf8_names_it():
 def test_the_error_for_a_missing_file_tells_where_to_run_stages(folder):
     Path("params.yaml").unlink()
     line = error_line("small", Small)
-    assert line == f"params.yaml not found in {folder}: run stages from the root of the repository"
+    assert line == f"params.yaml not found in {folder}: run it from the repository's root ({tiny.ROOT})"
