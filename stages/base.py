@@ -6,6 +6,7 @@ out  data/base: config.json, tokenizer.json, *.safetensors; manifest.json with t
 """
 
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -36,6 +37,7 @@ def main(out: Path) -> None:
     key = f"presets.{name}.model"
 
     check_dataset(name)
+    origin = {"model": None, "revision": None}  # the sample's base has no home outside this repository
     with atomic_output(out) as folder:
         folder.mkdir()
         if preset.model == local.SAMPLE:
@@ -47,6 +49,7 @@ def main(out: Path) -> None:
         else:
             source = local.resolve_local_path(key, preset.model, preset.model_revision)
             echo(f"base: copying {source}" if source else f"base: fetching {preset.model} at {preset.model_revision}")
+            origin = {"model": os.path.abspath(source) if source else preset.model, "revision": preset.model_revision}
             config = source or hub.fetch_config(preset.model, preset.model_revision)
             check_later_params(read_config(config, preset.model), config)
             copy_model(source or hub.fetch_model(preset.model, preset.model_revision), folder)
@@ -54,7 +57,7 @@ def main(out: Path) -> None:
         write_fast_tokenizer(folder, preset.model)
         size = check_vocabulary(folder, preset.model)
         check_code(folder, preset.model)
-        (folder / MANIFEST).write_text(json.dumps({"files": digests(folder)}, indent=2) + "\n")
+        (folder / MANIFEST).write_text(json.dumps({"source": origin, "files": digests(folder)}, indent=2) + "\n")
     environment.write_record(out, "base", started, preset=name, model=preset.model, revision=preset.model_revision)
     echo(f"base: {out} holds {preset.model}, {size:,} tokens in its vocabulary")
 

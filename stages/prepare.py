@@ -42,6 +42,7 @@ def main(out: Path) -> None:
     seed = params.seed()
     shares = (prepare.validation_share, prepare.test_share)
 
+    origin = {"dataset": preset.dataset, "config": preset.dataset_config, "revision": preset.dataset_revision}
     echo(f"prepare: reading {preset.dataset}")
     if preset.dataset == local.SAMPLE:
         splits = assign_articles(corpus.docstring_articles(corpus.package_folder(SAMPLE_PACKAGE)), *shares, seed)
@@ -61,7 +62,7 @@ def main(out: Path) -> None:
                 )
             (folder / f"{split}.txt").write_bytes(text.encode())
             echo(f"prepare: {split:10} {len(text):>12,} characters, {len(articles.split_articles(text)):>7,} articles")
-        (folder / MANIFEST).write_text(json.dumps({"files": digests(folder)}, indent=2) + "\n")
+        (folder / MANIFEST).write_text(json.dumps({"source": origin, "files": digests(folder)}, indent=2) + "\n")
     environment.write_record(out, "prepare", started, dataset=preset.dataset, revision=preset.dataset_revision)
 
 

@@ -76,6 +76,7 @@ def main(raw: Path, base: Path, out: Path) -> None:
             "end_of_text_id": end,
             "prefix": prefix,
             "splits": splits,
+            "source": read_json(raw / MANIFEST, "prepare").get("source") if (raw / MANIFEST).exists() else None,
             "files": digests(folder, "*.npy"),
             "base": digests(base),
             "raw": digests(raw, "*.txt"),

@@ -48,7 +48,7 @@ def main(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path) 
     ThreadPoolExecutor(1).submit(device.warm_up)
     from gpt2lora.dataset.blocks import load_blocks, read_token_manifest
     from gpt2lora.model import layers, loading, lora
-    from gpt2lora.training import checkpoint, execution, oom, summary
+    from gpt2lora.training import checkpoint, execution, model_card, oom, summary
     from gpt2lora.training.loop import fit
 
     prefix = read_token_manifest(tokens, base)["prefix"]
@@ -97,8 +97,10 @@ def main(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path) 
             model.save_pretrained(folder)
         else:
             lora.save_adapter(model, lora_params, initial_factors, folder)
+            model_card.name_base(folder, base)
         loading.write_method(folder, method, quantization, base)
         record["adapter_bytes"] = sum(file.stat().st_size for file in folder.iterdir())
+        model_card.write_card(folder, base, tokens, method, quantization, lora_params, options, record)
         record_file.write_text(json.dumps(record, indent=2) + "\n")
         timings_file.write_text(json.dumps(timings, indent=2) + "\n")
         history.write_csv(metrics / "loss.csv")
