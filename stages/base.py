@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from gpt2lora.model.early_checks import check_dataset, check_later_params, read_config
+from gpt2lora.model.early_checks import check_later_params, read_config
 from gpt2lora.pipeline import environment, params
 from gpt2lora.pipeline.artifacts import MANIFEST, atomic_output, digests
 from gpt2lora.pipeline.cli import StageError, command, echo
@@ -36,7 +36,6 @@ def main(out: Path) -> None:
     seed = params.seed()
     key = f"presets.{name}.model"
 
-    check_dataset(name)
     origin = {"model": None, "revision": None}  # the sample's base has no home outside this repository
     with atomic_output(out) as folder:
         folder.mkdir()

@@ -7,17 +7,8 @@ from gpt2lora.pipeline import params
 from gpt2lora.pipeline.cli import StageError
 from gpt2lora.pipeline.context import choose_block_size, choose_stride
 from gpt2lora.pipeline.schemas import EvaluateParams, LoraParams, TokenizeParams
-from gpt2lora.sources import hub, local
 
 POSITIONS = ("n_positions", "max_position_embeddings")  # names of the maximum context in config.json
-
-
-def check_dataset(preset: str) -> None:
-    """Refuse a corpus that `prepare` would not find, before the model is fetched."""
-    corpus, key = params.section(f"presets.{preset}", params.PresetParams), f"presets.{preset}.dataset"
-    if corpus.dataset == local.SAMPLE or local.resolve_local_path(key, corpus.dataset, corpus.dataset_revision):
-        return
-    hub.check_revision("dataset", corpus.dataset, corpus.dataset_revision)
 
 
 def check_later_params(config: dict, folder: Path) -> None:

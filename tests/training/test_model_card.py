@@ -130,12 +130,7 @@ def test_the_card_s_code_loads_the_adapter_in_another_folder(training_folder, ti
     code = re.search(r"```python\n(.*?)```", (elsewhere / "README.md").read_text(), re.S)[1]
     code += "import torch\ntorch.save(model.eval()(input_ids=torch.arange(32)[None]).logits, 'logits.pt')\n"
     with Hub({"models/tiny/gpt2": {COMMIT: tiny_model, "2" * 40: tmp_path}}) as hub:
-        environment = {
-            **os.environ,
-            "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(tmp_path / "cache"),
-            "HF_HUB_DISABLE_XET": "1",
-        }
+        settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=elsewhere, env=os.environ | settings, capture_output=True, text=True
         )
