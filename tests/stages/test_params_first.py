@@ -10,6 +10,7 @@ from bad_input import error_line
 from dvc_yaml import STAGES
 
 from gpt2lora.pipeline import schemas
+from gpt2lora.pipeline.cli import StageError
 
 MISTAKES = {
     "method": ("lorra", "expected one of lora, qlora, full, not 'lorra'"),
@@ -33,12 +34,22 @@ def no_work(monkeypatch):
 
 
 @pytest.mark.parametrize("key", MISTAKES)
-@pytest.mark.parametrize("stage", STAGES)
-def test_every_stage_refuses_a_mistake_anywhere(stage_folder, no_work, stage, key):
+def test_a_mistake_anywhere_is_found(stage_folder, key):
     value, expected = MISTAKES[key]
     tiny.set_param(stage_folder, key, value)
-    line = error_line(importlib.import_module(f"stages.{stage}").main)
-    assert line.startswith(f"params.yaml: {key}: {expected}")
+    with pytest.raises(StageError) as error:
+        schemas.check_params()
+    assert error.value.format_message().startswith(f"params.yaml: {key}: {expected}")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_refuses_the_mistakes_of_all_others(stage_folder, no_work, stage):
+    main = importlib.import_module(f"stages.{stage}").main
+    for key in ("prepare.fraction", "evaluate.stride"):
+        value, expected = MISTAKES[key]
+        tiny.set_param(stage_folder, key, value)
+        assert error_line(main).startswith(f"params.yaml: {key}: {expected}")
+        tiny.set_param(stage_folder, key, {"prepare.fraction": 1.0, "evaluate.stride": None}[key])
 
 
 @pytest.mark.parametrize(
