@@ -34,7 +34,7 @@ def main(folder: Path, text: Path, stride: int, count: int | None, precision: st
 
     from gpt2lora.dataset.tokenizer import encode_texts, load_tokenizer
     from gpt2lora.model import device
-    from stages.tokenize import choose_block_size
+    from gpt2lora.pipeline.context import choose_block_size
 
     require_file(folder / "tokenizer.json", "base")
     context = choose_block_size(None, AutoConfig.from_pretrained(folder, local_files_only=True).to_dict(), 0)

@@ -36,10 +36,8 @@ def main(base: Path, tokens: Path, method: str, bits: str, target: str, rank: in
 
     from gpt2lora.dataset.blocks import Blocks, load_blocks
     from gpt2lora.model import device, loading
-    from gpt2lora.model.lora import LoraParams
-    from gpt2lora.model.quantization import QuantizationParams
+    from gpt2lora.pipeline.schemas import LoraParams, QuantizationParams, TrainParams
     from gpt2lora.training import loop
-    from gpt2lora.training.config import TrainParams
 
     steps, warmup, batch_size, dropout = (options.pop(key) for key in ("steps", "warmup", "batch_size", "dropout"))
     train = params.section("train", TrainParams)

@@ -10,7 +10,7 @@ import importlib.util
 import sys
 
 # DVC runs the stages with the first `python` on PATH, which may not be the environment's.
-_missing = [name for name in ("click", "omegaconf") if importlib.util.find_spec(name) is None]
+_missing = [name for name in ("click", "ruamel") if importlib.util.find_spec(name) is None]
 if _missing:
     sys.exit(
         f"Error: {sys.executable} has no {' and no '.join(_missing)}: activate the environment first "

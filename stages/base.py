@@ -6,20 +6,22 @@ out  data/base: config.json, tokenizer.json, *.safetensors; manifest.json with t
 """
 
 import json
+import os
 import shutil
 import time
 from pathlib import Path
 
 import click
 
+from gpt2lora.model.early_checks import check_later_params, read_config
 from gpt2lora.pipeline import environment, params
 from gpt2lora.pipeline.artifacts import MANIFEST, atomic_output, digests
 from gpt2lora.pipeline.cli import StageError, command, echo
+from gpt2lora.pipeline.schemas import check_params
 from gpt2lora.sources import hub, local
 from gpt2lora.sources.hub import CONFIG_FILES
 
 SLOW_TOKENIZERS = (("vocab.json", "merges.txt"), ("tokenizer.model",))
-POSITIONS = ("n_positions", "max_position_embeddings")  # names of the maximum context in config.json
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 
 
@@ -28,29 +30,34 @@ WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 def main(out: Path) -> None:
     """Fetch the base model and its tokenizer into data/base."""
     started = time.perf_counter()
+    check_params()
     name = params.choice("preset", "presets")
     preset = params.section(f"presets.{name}", params.PresetParams)
     seed = params.seed()
     key = f"presets.{name}.model"
 
+    origin = {"model": None, "revision": None}  # the sample's base has no home outside this repository
     with atomic_output(out) as folder:
         folder.mkdir()
         if preset.model == local.SAMPLE:
             from gpt2lora.sample import model
 
+            model.sample_config().save_pretrained(folder)
+            check_later_params(read_config(folder, preset.model), folder)
             model.make_sample_model(folder, seed)
-        elif source := local.resolve_local_path(key, preset.model, preset.model_revision):
-            echo(f"base: copying {source}")
-            copy_model(source, folder)
         else:
-            echo(f"base: fetching {preset.model} at {preset.model_revision}")
-            copy_model(hub.fetch_model(preset.model, preset.model_revision), folder)
+            source = local.resolve_local_path(key, preset.model, preset.model_revision)
+            echo(f"base: copying {source}" if source else f"base: fetching {preset.model} at {preset.model_revision}")
+            origin = {"model": os.path.abspath(source) if source else preset.model, "revision": preset.model_revision}
+            config = source or hub.fetch_config(preset.model, preset.model_revision)
+            check_later_params(read_config(config, preset.model), config)
+            copy_model(source or hub.fetch_model(preset.model, preset.model_revision), folder)
         check_weights(folder, preset.model)
         write_fast_tokenizer(folder, preset.model)
         size = check_vocabulary(folder, preset.model)
         check_floats(folder, preset.model)
         check_code(folder, preset.model)
-        (folder / MANIFEST).write_text(json.dumps({"files": digests(folder)}, indent=2) + "\n")
+        (folder / MANIFEST).write_text(json.dumps({"source": origin, "files": digests(folder)}, indent=2) + "\n")
     environment.write_record(out, "base", started, preset=name, model=preset.model, revision=preset.model_revision)
     echo(f"base: {out} holds {preset.model}, {size:,} tokens in its vocabulary")
 
@@ -58,8 +65,6 @@ def main(out: Path) -> None:
 def copy_model(source: Path, folder: Path) -> None:
     """Copy the files of a model that are needed, unchanged: no pickles, no code, no weights of other frameworks."""
     weights = [path for pattern in WEIGHT_FILES for path in sorted(source.glob(pattern))]
-    if not (source / "config.json").is_file():
-        raise StageError(f"{source}: no config.json: expected a folder written by transformers' save_pretrained")
     if not any(path.suffix == ".safetensors" for path in weights):
         pickles = sorted(path.name for path in source.iterdir() if path.suffix in hub.PICKLES)
         refused = f" ({', '.join(pickles)}: pickled weights can run code, so they are refused)" if pickles else ""
@@ -113,20 +118,11 @@ def check_vocabulary(folder: Path, name: str) -> int:
     """Return the size of the tokenizer's vocabulary; refuse a model whose embedding lacks a row for one of its ids."""
     from tokenizers import Tokenizer
 
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        sizes = {"vocab_size": config["vocab_size"]}
-        sizes |= {key: config[key] for key in POSITIONS if config.get(key) is not None}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StageError(f"{name}: config.json holds no vocab_size: expected a causal language model") from error
-    for key, size in sizes.items():
-        if type(size) is not int or size <= 0:
-            raise StageError(f"{name}: config.json: {key} is {size!r}: expected an integer above 0")
+    rows = read_config(folder, name)["vocab_size"]
     try:
         ids = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab(with_added_tokens=True).values()
     except Exception as error:  # tokenizers raises plain Exception
         raise StageError(f"{name}: tokenizer.json is damaged: {error}") from error
-    rows = sizes["vocab_size"]
     if max(ids, default=-1) >= rows:
         raise StageError(f"{name}: the tokenizer has an id {max(ids):,}, the embedding only {rows:,} rows: not a pair")
     return len(ids)

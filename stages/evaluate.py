@@ -16,7 +16,6 @@ out  metrics/eval.json: for base and tuned, and as the change from one to the ot
 
 import json
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -26,28 +25,8 @@ from gpt2lora.evaluation.metrics import compute_metrics, count_scored, warn_abou
 from gpt2lora.pipeline import environment, params
 from gpt2lora.pipeline.artifacts import MANIFEST, atomic_output, require_file, verify_digests
 from gpt2lora.pipeline.cli import StageError, command, echo
-
-PROTOCOLS = ("native", "hf", "lm-eval")
-
-
-@dataclass
-class EvaluateParams:
-    """The section `evaluate` of params.yaml."""
-
-    protocol: str
-    stride: int | None
-    batch_size: int | None
-    precision: str
-
-    def __post_init__(self):
-        known = self.protocol in PROTOCOLS
-        params.require(known, "evaluate.protocol", self.protocol, f"one of {', '.join(PROTOCOLS)}")
-        for name in ("stride", "batch_size"):
-            number = getattr(self, name)
-            valid = number is None or number > 0
-            params.require(valid, f"evaluate.{name}", number, "an integer above 0, or null")
-        known = self.precision in params.PRECISIONS
-        params.require(known, "evaluate.precision", self.precision, f"one of {', '.join(params.PRECISIONS)}")
+from gpt2lora.pipeline.context import choose_stride
+from gpt2lora.pipeline.schemas import EvaluateParams, check_params
 
 
 @command
@@ -63,6 +42,7 @@ class EvaluateParams:
 def main(raw: Path, tokens: Path, base: Path, adapter: Path, loss: Path, out: Path, positions: Path) -> None:
     """Score the test split under the base and the tuned model."""
     started = time.perf_counter()
+    check_params()
     evaluate = params.section("evaluate", EvaluateParams)
     from gpt2lora.dataset.blocks import read_token_manifest
     from gpt2lora.dataset.tokenizer import load_tokenizer
@@ -116,17 +96,6 @@ def main(raw: Path, tokens: Path, base: Path, adapter: Path, loss: Path, out: Pa
     decoded = [[tokenizer.decode(ids) for ids in column] for column in samples]
     report.write_report(out.parent, metrics, records, list(zip(*decoded, strict=True)))
     echo(f"evaluate: {out.parent}/report.md shows all results")
-
-
-def choose_stride(evaluate: EvaluateParams, block_size: int) -> int:
-    """Return the tokens from one window to the next: evaluate.stride, or by default the block size."""
-    if evaluate.stride is None:
-        return block_size
-    if evaluate.protocol == "lm-eval":
-        raise params.invalid("evaluate.stride", evaluate.stride, "null, since lm-eval has a stride of its own")
-    if evaluate.stride > block_size:
-        raise params.invalid("evaluate.stride", evaluate.stride, f"1 to {block_size}, the block size, or null")
-    return evaluate.stride
 
 
 if __name__ == "__main__":

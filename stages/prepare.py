@@ -8,7 +8,6 @@ out  data/raw/{train,validation,test}.txt, UTF-8; manifest.json with their diges
 import json
 import random
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -17,6 +16,7 @@ from gpt2lora.dataset import articles
 from gpt2lora.pipeline import environment, params
 from gpt2lora.pipeline.artifacts import MANIFEST, atomic_output, digests
 from gpt2lora.pipeline.cli import StageError, command, echo
+from gpt2lora.pipeline.schemas import PrepareParams, check_params
 from gpt2lora.sample import corpus
 from gpt2lora.sources import hub, local
 from gpt2lora.sources.hub import restore_line
@@ -30,34 +30,19 @@ SPLIT_FILES = {
 SAMPLE_PACKAGE = "datasets"
 
 
-@dataclass
-class PrepareParams:
-    """The section `prepare` of params.yaml."""
-
-    fraction: float  # share of each split's articles to keep
-    validation_share: float  # of a corpus in a single file
-    test_share: float
-
-    def __post_init__(self):
-        params.require(0 < self.fraction <= 1, "prepare.fraction", self.fraction, "a number above 0, at most 1")
-        for name in ("validation_share", "test_share"):
-            share = getattr(self, name)
-            params.require(0 < share < 1, f"prepare.{name}", share, "a number between 0 and 1")
-        both = self.validation_share + self.test_share
-        params.require(both < 1, "prepare.validation_share + test_share", both, "a sum below 1")
-
-
 @command
 @click.option("--out", type=Path, default="data/raw", show_default=True, help="Folder of the three text files.")
 def main(out: Path) -> None:
     """Fetch the corpus and split it into train, validation and test."""
     started = time.perf_counter()
+    check_params()
     name = params.choice("preset", "presets")
     preset = params.section(f"presets.{name}", params.PresetParams)
     prepare = params.section("prepare", PrepareParams)
     seed = params.seed()
     shares = (prepare.validation_share, prepare.test_share)
 
+    origin = {"dataset": preset.dataset, "config": preset.dataset_config, "revision": preset.dataset_revision}
     echo(f"prepare: reading {preset.dataset}")
     if preset.dataset == local.SAMPLE:
         splits = assign_articles(corpus.docstring_articles(corpus.package_folder(SAMPLE_PACKAGE)), *shares, seed)
@@ -77,7 +62,7 @@ def main(out: Path) -> None:
                 )
             (folder / f"{split}.txt").write_bytes(text.encode())
             echo(f"prepare: {split:10} {len(text):>12,} characters, {len(articles.split_articles(text)):>7,} articles")
-        (folder / MANIFEST).write_text(json.dumps({"files": digests(folder)}, indent=2) + "\n")
+        (folder / MANIFEST).write_text(json.dumps({"source": origin, "files": digests(folder)}, indent=2) + "\n")
     environment.write_record(out, "prepare", started, dataset=preset.dataset, revision=preset.dataset_revision)
 
 

@@ -5,9 +5,11 @@ out  data/tokens: {train,validation,test}.npy, {train,validation,test}.lengths.n
      data/environment/tokenize.json: hardware, versions and duration
 """
 
+if __name__ == "tokenize":  # in the place of the standard library's module, since stages/ is where Python was started
+    raise SystemExit("Error: run stages and commands from the repository's root, stages as python -m stages.NAME")
+
 import json
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -19,29 +21,14 @@ from gpt2lora.dataset.tokenizer import (
     encode_paragraphs,
     end_of_text_id,
     load_tokenizer,
-    max_context,
     read_lines,
     text_prefix,
 )
 from gpt2lora.pipeline import environment, params
 from gpt2lora.pipeline.artifacts import MANIFEST, atomic_output, digests, read_json, require_file, verify_folder
 from gpt2lora.pipeline.cli import StageError, command, echo
-
-LAYOUTS = ("packed", "padded")
-MAX_DEFAULT = 1024  # positions: those of GPT-2. A step on the 131,072 of a Llama takes minutes, or does not fit
-
-
-@dataclass
-class TokenizeParams:
-    """The section `tokenize` of params.yaml."""
-
-    block_size: int | None
-    layout: str
-
-    def __post_init__(self):
-        valid = self.block_size is None or self.block_size > 0
-        params.require(valid, "tokenize.block_size", self.block_size, "an integer above 0, or null")
-        params.require(self.layout in LAYOUTS, "tokenize.layout", self.layout, f"one of {', '.join(LAYOUTS)}")
+from gpt2lora.pipeline.context import choose_block_size, max_context
+from gpt2lora.pipeline.schemas import TokenizeParams, check_params
 
 
 @command
@@ -51,6 +38,7 @@ class TokenizeParams:
 def main(raw: Path, base: Path, out: Path) -> None:
     """Encode the corpus into token arrays, which train and evaluate read."""
     started = time.perf_counter()
+    check_params()
     from gpt2lora.dataset import blocks
 
     tokenize = params.section("tokenize", TokenizeParams)
@@ -60,6 +48,8 @@ def main(raw: Path, base: Path, out: Path) -> None:
     tokenizer = load_tokenizer(base)
     end, prefix = end_of_text_id(base, config, tokenizer), text_prefix(tokenizer)
     block_size = choose_block_size(tokenize.block_size, config, len(prefix))
+    if block_size < (max_context(config) or 0) and tokenize.block_size is None:
+        echo(f"tokenize: blocks of {block_size:,} of the model's {max_context(config):,} tokens: tokenize.block_size")
     dtype = blocks.token_dtype(config["vocab_size"])
 
     splits = {}
@@ -88,31 +78,13 @@ def main(raw: Path, base: Path, out: Path) -> None:
             "end_of_text_id": end,
             "prefix": prefix,
             "splits": splits,
+            "source": read_json(raw / MANIFEST, "prepare").get("source") if (raw / MANIFEST).exists() else None,
             "files": digests(folder, "*.npy"),
             "base": digests(base),
             "raw": digests(raw, "*.txt"),
         }
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     environment.write_record(out, "tokenize", started)
-
-
-def choose_block_size(block_size: int | None, config: dict, prefix: int) -> int:
-    """Return the context in tokens: tokenize.block_size, or by default the model's positions, at most MAX_DEFAULT.
-
-    Args:
-        prefix: number of ids that begin each row.
-    """
-    positions = max_context(config)
-    if positions is None and block_size is None:
-        expected = "an integer, since the model's config names no longest context"
-        raise params.invalid("tokenize.block_size", None, expected)
-    if positions and block_size and block_size > positions:
-        raise params.invalid("tokenize.block_size", block_size, f"at most {positions}, the model's n_positions")
-    context = block_size or min(positions, MAX_DEFAULT)
-    if not block_size and positions > context:
-        echo(f"tokenize: blocks of {context:,} tokens; the model has {positions:,} positions: tokenize.block_size")
-    params.require(context >= prefix, "tokenize.block_size", context, f"at least {prefix}, the ids before each row")
-    return context
 
 
 if __name__ == "__main__":

@@ -12,28 +12,18 @@ out  data/adapter: the adapter with the lowest validation loss, or the whole mod
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from gpt2lora.pipeline import environment, params
 from gpt2lora.pipeline.artifacts import atomic_output, prefetch_digests
 from gpt2lora.pipeline.cli import command, echo
-
-if TYPE_CHECKING:
-    from gpt2lora.model.lora import LoraParams
-    from gpt2lora.model.quantization import QuantizationParams
-    from gpt2lora.training.config import TrainParams
+from gpt2lora.pipeline.schemas import METHODS, LoraParams, QuantizationParams, TrainParams, check_params
 
 # In steps. A checkpoint of GPT-2 with an adapter of rank 16 takes 38 MB, one of all its weights 2 GB.
 DEFAULT_CHECKPOINT_INTERVAL = {"lora": 100, "qlora": 100, "full": 1000}
-
-
-@dataclass
-class NoParams:
-    """The sections methods.lora and methods.full, which have no keys."""
 
 
 @command
@@ -45,6 +35,9 @@ class NoParams:
 def main(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path) -> None:
     """Train an adapter on the corpus and keep the one with the lowest validation loss."""
     started = time.perf_counter()
+    check_params()
+    method, quantization, lora_params, options = read_params()
+    seed = params.seed() if options.seed is None else options.seed
     echo("train: loading torch and transformers")
     prefetch_digests(base)
     import torch
@@ -54,15 +47,13 @@ def main(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path) 
     # The GPU's driver starts beside the imports. If that fails, the first computation fails too, with a clear error.
     ThreadPoolExecutor(1).submit(device.warm_up)
     from gpt2lora.dataset.blocks import load_blocks, read_token_manifest
-    from gpt2lora.model import loading, lora
-    from gpt2lora.training import checkpoint, execution, oom, summary
+    from gpt2lora.model import layers, loading, lora
+    from gpt2lora.training import checkpoint, execution, model_card, oom, summary
     from gpt2lora.training.loop import fit
 
-    method, quantization, lora_params, options = read_params()
-    seed = params.seed()
     prefix = read_token_manifest(tokens, base)["prefix"]
     if method != "full":
-        lora.select_target_layers(list(lora.linear_layers(loading.load_on_meta(base))), lora_params)
+        layers.check_target_layers(base, lora_params)
 
     target = device.pick_device()
     dtype = device.compute_dtype(options.precision, target)
@@ -107,8 +98,10 @@ def main(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path) 
             model.save_pretrained(folder)
         else:
             lora.save_adapter(model, lora_params, initial_factors, folder)
+            model_card.name_base(folder, base)
         loading.write_method(folder, method, quantization, base)
         record["adapter_bytes"] = sum(file.stat().st_size for file in folder.iterdir())
+        model_card.write_card(folder, base, tokens, method, quantization, lora_params, options, record)
         record_file.write_text(json.dumps(record, indent=2) + "\n")
         timings_file.write_text(json.dumps(timings, indent=2) + "\n")
         history.write_csv(metrics / "loss.csv")
@@ -117,24 +110,16 @@ def main(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path) 
     summary.echo_result(record, timings)
 
 
-def read_params() -> "tuple[str, QuantizationParams | None, LoraParams, TrainParams]":
-    """Return the method, its quantization of the base, and the sections `lora` and `train`, checked together."""
-    from gpt2lora.model.lora import LoraParams
-    from gpt2lora.model.lora_init import check_init
-    from gpt2lora.model.quantization import QuantizationParams
-    from gpt2lora.training.config import TrainParams
-
+def read_params() -> tuple[str, QuantizationParams | None, LoraParams, TrainParams]:
+    """Return the method, its quantization of the base, and the sections `lora` and `train`."""
     method = params.choice("method", "methods")
-    known = DEFAULT_CHECKPOINT_INTERVAL
-    params.require(method in known, "method", method, f"one of {', '.join(known)}")
-    section = params.section(f"methods.{method}", QuantizationParams if method == "qlora" else NoParams)
-    quantization = section if method == "qlora" else None
-    lora_params, options = params.section("lora", LoraParams), params.section("train", TrainParams)
-    if method == "full":
-        params.require(options.lora_plus_ratio == 1, "train.lora_plus_ratio", options.lora_plus_ratio, "1 with full")
-    else:
-        check_init(lora_params.init, quantized=quantization is not None)
-    return method, quantization, lora_params, options
+    section = params.section(f"methods.{method}", METHODS[method])
+    return (
+        method,
+        section if method == "qlora" else None,
+        params.section("lora", LoraParams),
+        params.section("train", TrainParams),
+    )
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ SHARED = ("base", "prepare", "tokenize")  # stages that no method changes
 def main() -> None:
     os.chdir(Path(__file__).resolve().parent.parent)
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    check_clone()
     forget_earlier_runs()
     commands = [experiment(method, name) for method, name in EXPERIMENTS.items()]
     printed = [show(command) for command in [*commands, ["dvc", "metrics", "diff", *EXPERIMENTS.values()]]]
@@ -48,6 +49,16 @@ def check_cache(printed: bytes) -> None:
 def experiment(method: str, name: str) -> list[str]:
     options = [word for setting in [f"method={method}", *SETTINGS] for word in ("-S", setting)]
     return ["dvc", "exp", "run", "--temp", "--name", name, *options]
+
+
+def check_clone() -> None:
+    """Exit in a shallow clone: DVC would run everything there, and then lose the experiments."""
+    command = ["git", "rev-parse", "--is-shallow-repository"]
+    if subprocess.run(command, capture_output=True, text=True).stdout.strip() == "true":
+        sys.exit(
+            "Error: this clone is shallow (git clone --depth), and DVC loses the experiments of such a clone: "
+            "run `git fetch --unshallow` first"
+        )
 
 
 def forget_earlier_runs() -> None:

@@ -17,10 +17,10 @@ from gpt2lora.evaluation.metrics import compute_metrics
 from gpt2lora.pipeline import params
 from gpt2lora.pipeline.artifacts import require_file
 from gpt2lora.pipeline.cli import StageError, command, echo
+from gpt2lora.pipeline.context import choose_block_size
 from gpt2lora.sources import hub
 from gpt2lora.sources.hub import restore_line
 from gpt2lora.sources.local import read_text
-from stages.tokenize import choose_block_size
 
 PUBLISHED = (29.94, 25.2, 37.37)
 TOLERANCE = 0.1

@@ -69,7 +69,7 @@ def dvc_exp_show(*options: str) -> list[dict]:
     done = subprocess.run(command, capture_output=True, encoding="utf-8")
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()[-1:]
-        raise StageError(f"dvc exp show: {' '.join(lines).removeprefix('ERROR: ')}")
+        raise StageError(f"dvc exp show: {' '.join(lines).removeprefix('ERROR: ')}, seen from {Path.cwd()}")
     return json.loads(done.stdout)
 
 

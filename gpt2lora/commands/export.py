@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from gpt2lora.dataset.blocks import Blocks
-    from gpt2lora.model.quantization import QuantizationParams
+    from gpt2lora.pipeline.schemas import QuantizationParams
 
 COMPARED_ROWS = 8  # rows on which the two models are compared
 RANDOM_TOKENS = 128  # in a row, if there is no validation split

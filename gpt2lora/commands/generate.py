@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gpt2lora.dataset.tokenizer import end_of_text_id, load_tokenizer, max_context, text_prefix
+from gpt2lora.dataset.tokenizer import end_of_text_id, load_tokenizer, text_prefix
 from gpt2lora.pipeline.artifacts import read_json, verify_folder
 from gpt2lora.pipeline.cli import StageError, command
+from gpt2lora.pipeline.context import max_context
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -19,11 +19,6 @@ BATCH_CHARACTERS = 1_000_000
 PIECE_CHARACTERS = 100_000
 
 
-def max_context(config: dict) -> int | None:
-    """Return the number of positions that a model's config.json gives, None if it gives none."""
-    return config.get("n_positions") or config.get("max_position_embeddings")
-
-
 def load_tokenizer(base: Path) -> "Tokenizer":
     """Load tokenizer.json, without truncation or padding; special tokens in a text are encoded as plain characters."""
     from tokenizers import Tokenizer

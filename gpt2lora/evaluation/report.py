@@ -12,7 +12,7 @@ from gpt2lora.evaluation.plots import TEST_PLOTS, TRAINING_PLOTS
 from gpt2lora.pipeline.artifacts import atomic_output
 
 if TYPE_CHECKING:
-    from gpt2lora.model.quantization import QuantizationParams
+    from gpt2lora.pipeline.schemas import QuantizationParams
 
 # Characters that Markdown, or HTML in it, may interpret; `$` starts mathematics on GitHub.
 MARKDOWN_CHARACTERS = re.compile(r"[\\`*_\[\]<>&|~$#]")

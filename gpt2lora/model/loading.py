@@ -1,24 +1,20 @@
 """Load the base model, in floats or quantized, and the tuned model; read and write method.json beside an adapter."""
 
 import json
-from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from gpt2lora.model import attention, device, lora, lora_init
 from gpt2lora.model.errors import library_errors
-from gpt2lora.model.quantization import (
-    QuantizationParams,
-    bitsandbytes_config,
-    check_4bit_width,
-    prepare_8bit_layer,
-)
-from gpt2lora.pipeline.artifacts import digests, read_json, require_file, verify_digests
+from gpt2lora.model.layers import load_config, loading_errors
+from gpt2lora.model.quantization import bitsandbytes_config, check_4bit_width, prepare_8bit_layer
+from gpt2lora.pipeline.artifacts import digests, read_json, verify_digests
 from gpt2lora.pipeline.cli import StageError
+from gpt2lora.pipeline.schemas import LoraParams, QuantizationParams
 
 transformers_logging.disable_progress_bar()  # reading weights takes a second
 METHOD_FILE = "method.json"
@@ -30,7 +26,7 @@ def load_base(folder: Path, quantization: QuantizationParams | None, dtype: torc
     Args:
         dtype: the type in which quantized layers compute. Float layers compute in autocast's type.
     """
-    config = _load_config(folder)
+    config = load_config(folder)
     if getattr(config, "activation_function", None) == "gelu_new":
         config.activation_function = "gelu_pytorch_tanh"  # the same function in one kernel instead of six
     target = device.pick_device()
@@ -63,7 +59,7 @@ def choose_attention(model: PreTrainedModel, folder: Path) -> None:
 
 
 def load_for_training(
-    base: Path, method: str, quantization: QuantizationParams | None, lora_params: lora.LoraParams, dtype: torch.dtype
+    base: Path, method: str, quantization: QuantizationParams | None, lora_params: LoraParams, dtype: torch.dtype
 ) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     """Load the base with a new adapter, or with all weights trainable for method full. The caller sets the seed.
 
@@ -82,13 +78,6 @@ def load_for_training(
     return model, initial_factors
 
 
-def load_on_meta(folder: Path) -> PreTrainedModel:
-    """Return the model in `folder` without its weights, to check its layers quickly."""
-    config = _load_config(folder)
-    with torch.device("meta"), _loading_errors(folder):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-
-
 def cast_frozen(model: torch.nn.Module, dtype: torch.dtype) -> None:
     """Cast frozen float parameters to `dtype`, in which they are computed, once instead of in each step."""
     for parameter in model.parameters():
@@ -98,7 +87,7 @@ def cast_frozen(model: torch.nn.Module, dtype: torch.dtype) -> None:
 
 def load_fp32(weights: Path, config: Path) -> PreTrainedModel:
     """Load the weights in the folder `weights` in fp32 on the CPU, with the unchanged config.json of `config`."""
-    return _load_model(weights, _load_config(config))
+    return _load_model(weights, load_config(config))
 
 
 def load_tuned(base: Path, adapter: Path, dtype: torch.dtype) -> torch.nn.Module:
@@ -140,15 +129,8 @@ def _read_method_file(folder: Path) -> dict:
     return read_json(folder / METHOD_FILE, "train", "method", "quantization", "files", "base")
 
 
-def _load_config(folder: Path) -> PretrainedConfig:
-    require_file(folder / "config.json", "base")
-    with _loading_errors(folder):
-        # Without trust_remote_code=False, transformers asks at the keyboard whether to run a model's own code.
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-
-
 def _load_model(folder: Path, config: PretrainedConfig, **quantized) -> PreTrainedModel:
-    with _loading_errors(folder):
+    with loading_errors(folder):
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
@@ -169,10 +151,3 @@ def _load_model(folder: Path, config: PretrainedConfig, **quantized) -> PreTrain
     if missing := sorted(info["missing_keys"]):
         raise StageError(f"{folder}: *.safetensors lack {len(missing)} of the model's weights, {missing[0]} first")
     return model
-
-
-def _loading_errors(folder: Path) -> AbstractContextManager[None]:
-    """Turn the errors that transformers raises for a folder without a causal language model into one line."""
-    return library_errors(
-        f"{folder}: transformers itself cannot load this model", "code that comes with a model is never run"
-    )

@@ -16,18 +16,9 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from gpt2lora.pipeline import params
+from gpt2lora.pipeline.schemas import FROM_BASE
 
-FROM_BASE = ("pissa", "olora")  # these move a part of W into the adapter
-INITS = ("default", *FROM_BASE, "orthogonal", "loftq")
 Layers = dict[str, torch.nn.Module]
-
-
-def check_init(init: str, quantized: bool) -> None:
-    """Refuse an init that needs another kind of base."""
-    others = f"default, orthogonal or loftq with method qlora: {init} takes floats out of the base"
-    params.require(init not in FROM_BASE or not quantized, "lora.init", init, others)
-    others = "another init with method lora: loftq corrects the error of a quantized base"
-    params.require(init != "loftq" or quantized, "lora.init", init, others)
 
 
 @torch.no_grad()

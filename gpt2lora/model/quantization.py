@@ -9,30 +9,13 @@ import contextlib
 import math
 import types
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from gpt2lora.pipeline import params
 from gpt2lora.pipeline.cli import StageError
-
-
-@dataclass
-class QuantizationParams:
-    """The section methods.qlora: how the frozen base is stored (Dettmers et al., 2023, arXiv:2305.14314)."""
-
-    bits: int
-    quant_type: str
-    double_quant: bool
-
-    def __post_init__(self):
-        params.require(self.bits in (4, 8), "methods.qlora.bits", self.bits, "4 or 8")
-        known = self.quant_type in ("nf4", "fp4")
-        params.require(known, "methods.qlora.quant_type", self.quant_type, "nf4 or fp4")
-        single = "false with 8 bits, which have no scales of scales"
-        params.require(self.bits == 4 or not self.double_quant, "methods.qlora.double_quant", self.double_quant, single)
+from gpt2lora.pipeline.schemas import QuantizationParams
 
 
 def check_4bit_width(name: str, width: int, device: torch.device) -> None:

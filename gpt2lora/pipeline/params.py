@@ -1,13 +1,18 @@
-"""Read params.yaml: values are typed, unknown keys are refused, and every value is checked before any work is done."""
+"""Read params.yaml: values are typed, and unknown keys are refused."""
 
+import functools
+import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, make_dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar
 
 from gpt2lora.pipeline.cli import StageError
 
 FILE = Path("params.yaml")
-PRECISIONS = ("auto", "bf16", "fp32")  # here, and not with the code that uses them, so that checking needs no torch
+PRECISIONS = ("auto", "bf16", "fp32")
+SEED = "an integer of at least 0, below 2**64"
 Schema = TypeVar("Schema")
 
 
@@ -46,7 +51,7 @@ def value(key: str, kind: type[Schema]) -> Schema:
 def seed() -> int:
     """Return the seed of every random choice."""
     number = value("seed", int)
-    require(0 <= number < 2**64, "seed", number, "an integer of at least 0, below 2**64")
+    require(0 <= number < 2**64, "seed", number, SEED)
     return number
 
 
@@ -57,6 +62,17 @@ def choice(key: str, variants: str) -> str:
     if not isinstance(known, dict) or name not in known:
         raise invalid(key, name, f"one of {', '.join(map(str, known or ()))}")
     return name
+
+
+def check_names(key: str, known: Iterable[str] | None = None) -> list[str]:
+    """Return the names in the section at `key`, "" for the whole file; refuse those that are not `known`, if given."""
+    values = _lookup(key) if key else _parse(_read())
+    if not isinstance(values, dict):
+        raise invalid(key, values, "a section")
+    names = list(values)
+    if known is not None and (unknown := [name for name in names if name not in known]):
+        raise StageError(f"{FILE}: {key and key + '.'}{unknown[0]}: unknown key; {key or 'it'} has {', '.join(known)}")
+    return names
 
 
 def require(condition: bool, key: str, value: Any, expected: str) -> None:
@@ -72,47 +88,57 @@ def invalid(key: str, value: Any, expected: str) -> StageError:
 
 def _to_dataclass(values: dict, schema: type[Schema], key: str) -> Schema:
     """Return `values`, found at `key` ("" for the whole file), as an instance of `schema`."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
-
     types = {field.name: field.type for field in fields(schema)}
     prefix = f"{key}." if key else ""
-    for name, found in values.items():
-        # OmegaConf accepts 3 as true, and integers that do not fit into 64 bits.
-        too_large = type(found) is int and abs(found) >= 2**63 and name != "seed"
-        if (types.get(name) is bool and not isinstance(found, bool)) or (too_large and name in types):
-            raise invalid(f"{prefix}{name}", found, _type_name(types[name]) + (" below 2**63" if too_large else ""))
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
-    except ConfigKeyError as error:
+    if unknown := [name for name in values if name not in types]:
         known = ", ".join(types) or "no keys"
-        raise StageError(f"{FILE}: {prefix}{error.full_key}: unknown key; {key} has {known}") from error
-    except MissingMandatoryValue as error:
-        expected = _type_name(types[error.full_key])
-        raise StageError(f"{FILE}: {prefix}{error.full_key}: missing; expected {expected}") from error
-    except ValidationError as error:
-        name = (error.full_key or "").split("[")[0]
-        raise invalid(f"{prefix}{name}", values.get(name), _type_name(types.get(name, schema))) from error
-    except OmegaConfBaseException as error:
-        raise StageError(f"{FILE}: {key}: {error}") from error
+        raise StageError(f"{FILE}: {prefix}{unknown[0]}: unknown key; {key} has {known}")
+    if missing := [name for name in types if name not in values]:
+        expected = _type_name(types[missing[0]])
+        raise StageError(f"{FILE}: {prefix}{missing[0]}: missing; expected {expected}")
+    return schema(**{name: _typed(values[name], kind, f"{prefix}{name}") for name, kind in types.items()})
+
+
+def _typed(value: Any, kind: Any, key: str) -> Any:
+    """Return a value of params.yaml as a `kind`: Any, str, int, float or bool, or one of these or None."""
+    kinds = typing.get_args(kind) or (kind,)
+    if kind is Any or (value is None and type(None) in kinds):
+        return value
+    # A folder may be called 2024 or 2024-01-01. True is an integer for Python, but not for a reader.
+    accepted = {str: (str, int, date), int: (int,), float: (float, int), bool: (bool,)}[kinds[0]]
+    require(isinstance(value, accepted) and isinstance(value, bool) == (kind is bool), key, value, _type_name(kind))
+    too_large = kinds[0] in (int, float) and isinstance(value, int) and abs(value) >= 2**63
+    require(not too_large or key.endswith("seed"), key, value, f"{_type_name(kind)} below 2**63")
+    return kinds[0](value)
 
 
 def _lookup(key: str) -> Any:
     """Return what params.yaml holds at the dotted `key`."""
-    from omegaconf import OmegaConf
-
-    try:
-        # `dvc exp run -S` writes 5e-05, which OmegaConf's loader reads as a number and PyYAML's as a string.
-        found = OmegaConf.to_container(OmegaConf.load(FILE), resolve=True)
-    except FileNotFoundError as error:
-        raise StageError(f"{FILE} not found in {Path.cwd()}: run stages from the root of the repository") from error
-    except Exception as error:  # invalid dates, numbers of 5,000 digits and recursive lists raise many types
-        raise StageError(f"{FILE}: not readable as YAML: {error}") from error
+    found = _parse(_read())
     for part in key.split("."):
         if not isinstance(found, dict) or part not in found:
             raise StageError(f"{FILE}: {key}: missing")
         found = found[part]
     return found
+
+
+def _read() -> bytes:
+    try:
+        return FILE.read_bytes()
+    except FileNotFoundError as error:
+        root = Path(__file__).parents[2]
+        where = f" ({root})" if (root / FILE).is_file() else ""
+        raise StageError(f"{FILE} not found in {Path.cwd()}: run it from the repository's root{where}") from error
+
+
+@functools.lru_cache(1)  # parsing takes 20 ms, and a check of the whole file reads 20 keys
+def _parse(content: bytes) -> Any:
+    from ruamel.yaml import YAML  # DVC's own reader: it reads 5e-05, which `dvc exp run -S` writes, as a number
+
+    try:
+        return YAML(typ="safe").load(content)
+    except Exception as error:  # invalid dates, numbers of 5,000 digits and recursive lists raise many types
+        raise StageError(f"{FILE}: not readable as YAML: {error}") from error
 
 
 def _type_name(kind: Any) -> str:

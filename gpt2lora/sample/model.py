@@ -27,7 +27,19 @@ def make_sample_model(folder: Path, seed: int) -> None:
     echo(f"base: training the sample's model on {sum(map(len, texts)):,} characters of documentation")
     tokenizer = train_tokenizer(texts)
     end = tokenizer.token_to_id(END_OF_TEXT)
-    config = GPT2Config(
+    torch.manual_seed(seed)
+    model = GPT2LMHeadModel(sample_config(end))
+    stream = np.concatenate([[*encoding.ids, end] for encoding in tokenizer.encode_batch_fast(texts)])
+    train(model, torch.from_numpy(stream), seed)
+    model.save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT).save_pretrained(
+        folder
+    )
+
+
+def sample_config(end: int = 0) -> GPT2Config:
+    """Return the model's configuration. end: id of the end-of-text token."""
+    return GPT2Config(
         vocab_size=VOCABULARY,
         n_positions=POSITIONS,
         n_layer=LAYERS,
@@ -39,14 +51,6 @@ def make_sample_model(folder: Path, seed: int) -> None:
         attn_pdrop=0.0,
         embd_pdrop=0.0,
         resid_pdrop=0.0,
-    )
-    torch.manual_seed(seed)
-    model = GPT2LMHeadModel(config)
-    stream = np.concatenate([[*encoding.ids, end] for encoding in tokenizer.encode_batch_fast(texts)])
-    train(model, torch.from_numpy(stream), seed)
-    model.save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT).save_pretrained(
-        folder
     )
 
 

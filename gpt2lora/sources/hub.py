@@ -55,6 +55,11 @@ def fetch_model(repo_id: str, revision: str | None) -> Path:
     return folder
 
 
+def fetch_config(repo_id: str, revision: str | None) -> Path:
+    """Return a folder with the config.json of a model on the hub, to be checked before its weights are downloaded."""
+    return _snapshot("model", repo_id, revision, ["config.json"], ["config.json"])
+
+
 def fetch_dataset(repo_id: str, config: str | None, revision: str | None) -> dict[str, Iterable[str]]:
     """Return the unchanged rows of the column `text` of each split; iterating reads them from disk.
 
@@ -112,16 +117,10 @@ def _snapshot(
         needed: glob patterns that an offline cache must match if it does not know which files the repository has.
         ignore: a glob pattern of files to leave out.
     """
-    _check_endpoint()
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    from huggingface_hub import constants, set_client_factory
+    check_revision(kind, repo_id, revision)
+    from huggingface_hub import constants
 
     what = f"{kind} {repo_id}"
-    set_client_factory(hub_download.make_client)
-    if not COMMIT.fullmatch(revision or ""):
-        advice = _suggest_commit(kind, repo_id, revision or "main")
-        raise StageError(f"{what}: expected a full commit hash as its revision, not {revision!r}: {advice}")
     try:
         return _download_snapshot(
             kind, repo_id, revision, {"allow_patterns": files, "ignore_patterns": ignore or None}, needed
@@ -132,6 +131,27 @@ def _snapshot(
         # An error of this machine: errors from the hub have no errno.
         advice = "make room there, or set HF_HOME to a folder that can be written"
         raise StageError(f"{what}: {error.strerror}: {error.filename or constants.HF_HUB_CACHE}: {advice}") from error
+
+
+def check_revision(kind: str, repo_id: str, revision: str | None) -> None:
+    """Refuse a revision that is no full commit hash; only then ask the hub, for the hash to write.
+
+    Raises:
+        StageError: says also that `repo_id` is no path on this machine, which may be what was meant.
+    """
+    _check_endpoint()
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from huggingface_hub import set_client_factory
+
+    set_client_factory(hub_download.make_client)
+    if not COMMIT.fullmatch(revision or ""):
+        advice = _suggest_commit(kind, repo_id, revision or "main")
+        path = f"; if a path was meant: {repo_id!r} is no file or folder, seen from {Path.cwd()}"
+        raise StageError(
+            f"{kind} {repo_id}: expected a full commit hash as its revision, not {revision!r}: {advice}"
+            + path * (revision is None)
+        )
 
 
 def _check_endpoint() -> None:

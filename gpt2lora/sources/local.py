@@ -8,6 +8,7 @@ from gpt2lora.pipeline.cli import StageError
 from gpt2lora.pipeline.params import invalid
 
 SAMPLE = "sample"
+TEXT_OR_WEIGHTS = re.compile(r".*\.(txt|text|md|jsonl?|csv|tsv|parquet|arrow|gz|zst|zip|safetensors|bin|gguf)", re.I)
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -27,8 +28,14 @@ def resolve_local_path(key: str, source: str | None, revision: str | None) -> Pa
         if revision:
             raise invalid(f"{key}_revision", revision, f"null, since {source} is on this disk")
         return path
+    seen = f"seen from {Path.cwd()}"
+    if ".dvc/tmp" in Path.cwd().as_posix() and not path.is_absolute():
+        seen += ", a temporary folder of DVC's: write the full path"
     if source.startswith((".", "/", "~")) or not HUB_ID.fullmatch(source):
-        raise StageError(f"params.yaml: {key}: {source!r} does not exist, seen from {Path.cwd()}")
+        raise StageError(f"params.yaml: {key}: {source!r} does not exist, {seen}")
+    if not revision and TEXT_OR_WEIGHTS.fullmatch(source):
+        hub = f"as an id on the hub it needs its full commit hash in {key}_revision"
+        raise StageError(f"params.yaml: {key}: {source!r} does not exist, {seen}; {hub}")
     return None
 
 

@@ -17,8 +17,8 @@ from gpt2lora.model.device import compute_dtype
 from gpt2lora.model.errors import computation_errors
 from gpt2lora.model.head import check_head
 from gpt2lora.pipeline.cli import echo
+from gpt2lora.pipeline.schemas import TrainParams
 from gpt2lora.scoring.log_likelihood import validation_loss
-from gpt2lora.training.config import TrainParams
 from gpt2lora.training.divergence import check_finite, check_gradient_norms
 from gpt2lora.training.execution import Backward, prepare_backward
 from gpt2lora.training.loss import make_batch

@@ -12,7 +12,7 @@ from gpt2lora.training.loop import accumulate_gradients
 
 if TYPE_CHECKING:
     from gpt2lora.dataset.blocks import Blocks
-    from gpt2lora.training.config import TrainParams
+    from gpt2lora.pipeline.schemas import TrainParams
 
 SAFETY_MARGIN = 0.05  # share of the memory for rows that is left to the allocator's fragmentation
 

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from gpt2lora.training.config import TrainParams
+from gpt2lora.pipeline.schemas import TrainParams
 
 
 def make_optimizer(model: torch.nn.Module, options: TrainParams) -> torch.optim.AdamW:

@@ -21,8 +21,8 @@ from gpt2lora.commands import export
 from gpt2lora.dataset import blocks
 from gpt2lora.model import loading, lora
 from gpt2lora.model import quantization as quantization_module
-from gpt2lora.model.quantization import QuantizationParams
 from gpt2lora.pipeline.cli import StageError
+from gpt2lora.pipeline.schemas import QuantizationParams
 from gpt2lora.scoring import log_likelihood
 from gpt2lora.training import loss
 

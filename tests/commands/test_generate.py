@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 from gpt2lora.commands import generate
 from gpt2lora.dataset.tokenizer import load_tokenizer
-from gpt2lora.model import loading, quantization
+from gpt2lora.model import loading
+from gpt2lora.pipeline.schemas import QuantizationParams
 
-NF4 = quantization.QuantizationParams(bits=4, quant_type="nf4", double_quant=True)
+NF4 = QuantizationParams(bits=4, quant_type="nf4", double_quant=True)
 PROMPT = "the river reached"
 
 

@@ -1,24 +1,8 @@
 """The schema of each section of params.yaml."""
 
-from gpt2lora.model.lora import LoraParams
-from gpt2lora.model.quantization import QuantizationParams
 from gpt2lora.pipeline.params import PresetParams
-from gpt2lora.training.config import TrainParams
-from stages.evaluate import EvaluateParams
-from stages.prepare import PrepareParams
-from stages.tokenize import TokenizeParams
-from stages.train import NoParams
+from gpt2lora.pipeline.schemas import METHODS, SECTIONS
 
-SCHEMAS = {
-    "presets.gpt2": PresetParams,
-    "presets.sample": PresetParams,
-    "presets.local": PresetParams,
-    "methods.lora": NoParams,
-    "methods.qlora": QuantizationParams,
-    "methods.full": NoParams,
-    "prepare": PrepareParams,
-    "tokenize": TokenizeParams,
-    "lora": LoraParams,
-    "train": TrainParams,
-    "evaluate": EvaluateParams,
-}
+SCHEMAS = {f"presets.{name}": PresetParams for name in ("gpt2", "sample", "local")}
+SCHEMAS |= {f"methods.{name}": schema for name, schema in METHODS.items()}
+SCHEMAS |= SECTIONS

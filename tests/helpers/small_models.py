@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gpt2lora.model import loading, lora, lora_init
 from gpt2lora.model.device import pick_device
-from gpt2lora.model.quantization import QuantizationParams
+from gpt2lora.pipeline.schemas import LoraParams, QuantizationParams
 from gpt2lora.training.loss import nll_sum
 
 LAYERS, WIDTH = 2, 64  # of the tiny model, and of `write_gpt2`
@@ -79,7 +79,7 @@ def new_adapter(
 
 def random_adapter(
     folder: Path, quantization: QuantizationParams | None = None, **changes
-) -> tuple[torch.nn.Module, lora.LoraParams, dict[str, torch.Tensor]]:
+) -> tuple[torch.nn.Module, LoraParams, dict[str, torch.Tensor]]:
     """Load a base with an adapter whose factors are both random, or as an init sets them.
 
     Returns:

@@ -158,7 +158,7 @@ def low_rank(**changes):
     """The section lora of params.yaml: small, without dropout, and with `changes`."""
     from omegaconf import OmegaConf
 
-    from gpt2lora.model.lora import LoraParams
+    from gpt2lora.pipeline.schemas import LoraParams
 
     values = OmegaConf.to_container(OmegaConf.load(ROOT / "params.yaml").lora)
     return LoraParams(**values | {"r": 4, "alpha": 8, "dropout": 0.0} | changes)
@@ -166,7 +166,7 @@ def low_rank(**changes):
 
 def train_params(**changes):
     """The section train of params.yaml: one epoch in fp32, without checkpoints, and with `changes`."""
-    from gpt2lora.training.config import TrainParams
+    from gpt2lora.pipeline.schemas import TrainParams
 
     values = {
         "epochs": 1,
@@ -183,6 +183,7 @@ def train_params(**changes):
         "deterministic": False,
         "validations": 2,
         "checkpoint_every": 0,
+        "seed": None,
     }
     return TrainParams(**values | changes)
 

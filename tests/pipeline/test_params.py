@@ -11,8 +11,7 @@ from schemas import SCHEMAS
 
 from gpt2lora.pipeline import params
 from gpt2lora.pipeline.cli import StageError
-from stages.prepare import PrepareParams
-from stages.train import NoParams
+from gpt2lora.pipeline.schemas import NoParams, PrepareParams
 
 SHARE = "a number of at least 0, below 1"
 LAYERS = "all, a range such as 6-11, or a list of numbers such as [0, 11]"
@@ -221,7 +220,6 @@ def test_a_seed_that_is_not_an_integer_is_refused(folder, value):
         "small: {steps: 1",
         "small:\n  steps: 1\n rate: 2\n",
         "small: {steps: 1, steps: 2}",
-        "small: ${nowhere}",
         "\tx: 1",
     ],
 )
@@ -238,4 +236,4 @@ def test_the_error_for_a_file_that_is_not_utf8_names_it():
 def test_the_error_for_a_missing_file_tells_where_to_run_stages(folder):
     Path("params.yaml").unlink()
     line = error_line("small", Small)
-    assert line == f"params.yaml not found in {folder}: run stages from the root of the repository"
+    assert line == f"params.yaml not found in {folder}: run it from the repository's root ({tiny.ROOT})"

@@ -16,13 +16,17 @@ from click.testing import CliRunner, Result
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from ruamel.yaml import YAML
 from schemas import SCHEMAS
 
 from gpt2lora.dataset import blocks
 from gpt2lora.dataset import tokenizer as tokenizer_module
 from gpt2lora.dataset.tokenizer import split_paragraphs
-from gpt2lora.model import loading, lora
+from gpt2lora.model import lora
+from gpt2lora.model.layers import load_on_meta
 from gpt2lora.pipeline import artifacts, cli, environment, params
+from gpt2lora.pipeline.context import choose_block_size
+from gpt2lora.pipeline.schemas import LAYOUTS, LoraParams, TokenizeParams
 from gpt2lora.sources import local
 from stages import evaluate, prepare, tokenize, train
 
@@ -133,7 +137,7 @@ def with_value(key: str, yaml_value: str) -> tuple[str, str]:
 @pytest.fixture(scope="module")
 def layers(tiny_model) -> list[str]:
     """The names of the tiny model's linear layers."""
-    return list(lora.linear_layers(loading.load_on_meta(tiny_model)))
+    return list(lora.linear_layers(load_on_meta(tiny_model)))
 
 
 @FUZZ_SETTINGS
@@ -167,7 +171,7 @@ def test_any_params_file_is_read_correctly_or_refused(tmp_path, monkeypatch, lay
 
 def check_types(section: object, key: str) -> None:
     """Check that every value is that of the file, has the type of its schema, and is finite."""
-    group = OmegaConf.to_container(OmegaConf.load("params.yaml"), resolve=True)
+    group = YAML(typ="safe").load(Path("params.yaml"))
     for part in key.split("."):
         group = group[part]
     for field in fields(section):
@@ -185,11 +189,10 @@ def check_types(section: object, key: str) -> None:
 
 def check_with_model(section: object, key: str, layers: list[str]) -> None:
     """Run the checks that stages make of a value together with the model or the disk."""
-    if isinstance(section, lora.LoraParams):
+    if isinstance(section, LoraParams):
         assert lora.select_target_layers(layers, section)
-    elif isinstance(section, tokenize.TokenizeParams):
-        config = {"n_positions": tiny.POSITIONS}
-        assert 0 < tokenize.choose_block_size(section.block_size, config, prefix=0) <= tiny.POSITIONS
+    elif isinstance(section, TokenizeParams):
+        assert 0 < choose_block_size(section.block_size, {"n_positions": tiny.POSITIONS}, 0) <= tiny.POSITIONS
     elif isinstance(section, params.PresetParams):
         for name in ("model", "dataset"):
             if getattr(section, name) != local.SAMPLE:
@@ -237,7 +240,7 @@ def fast_stages(monkeypatch, tmp_path, tiny_model):
 
 
 @FUZZ_SETTINGS
-@given(st.tuples(TEXTS, TEXTS, TEXTS), st.booleans(), st.sampled_from(tokenize.LAYOUTS), st.sampled_from([1, 7, 64]))
+@given(st.tuples(TEXTS, TEXTS, TEXTS), st.booleans(), st.sampled_from(LAYOUTS), st.sampled_from([1, 7, 64]))
 @example((b"a" * 2**20, b" x" * 2**19, "😀".encode() * 2**18), False, "packed", 64)
 @example((b"a b\r\n" + b"\0" * 2**20, b"\n" * 2**20, b"x y\n" * 2**18), False, "padded", 64)
 @example((b" = A = \n" + b"word " * 2**18, b"\n a b \n", b" = B = \n c d"), True, "packed", 64)

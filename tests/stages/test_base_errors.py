@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny
 from bad_input import error_line, update_json
 from click.testing import CliRunner
 
 from gpt2lora.dataset import tokenizer
-from gpt2lora.model.loading import load_fp32, load_on_meta
+from gpt2lora.model.layers import load_on_meta
+from gpt2lora.model.loading import load_fp32
 from gpt2lora.pipeline.cli import StageError
 from stages import base
 
@@ -60,6 +62,35 @@ def test_pickles_and_code_are_not_copied(stage_folder):
     result = CliRunner().invoke(base.main, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     assert {path.name for path in Path("data/base").iterdir()} == needed | {"manifest.json"}
+
+
+# Parameters that do not fit the model
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("tokenize.block_size", 65, "at most 64, the model's n_positions, not 65"),
+        ("evaluate.stride", 65, "1 to 64, the block size, or null, not 65"),
+        ("lora.target_modules", ["q_proj"], "all-linear or names among attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj"),
+        ("lora.layers", "1-5", "all, or numbers from 0 to 1, the layers of this model, not 2"),
+    ],
+)
+def test_a_parameter_that_does_not_fit_is_refused_before_copying(stage_folder, monkeypatch, key, value, expected):
+    monkeypatch.setattr(base, "copy_model", lambda *_: pytest.fail("the weights were copied"))
+    tiny.set_param(stage_folder, "tokenize.block_size", None)
+    tiny.set_param(stage_folder, key, value)
+    assert error_line(base.main).startswith(f"params.yaml: {key}: expected {expected}")
+
+
+def test_the_sample_s_sizes_are_known_before_it_is_trained(stage_folder, monkeypatch):
+    from gpt2lora.sample import model
+
+    monkeypatch.setattr(model, "make_sample_model", lambda *_: pytest.fail("the sample's model was trained"))
+    tiny.set_param(stage_folder, "preset", "sample")
+    tiny.set_param(stage_folder, "tokenize.block_size", 129)
+    line = error_line(base.main)
+    assert line == "params.yaml: tokenize.block_size: expected at most 128, the model's n_positions, not 129"
 
 
 # Code that comes with a model

@@ -1,5 +1,6 @@
 """dvc repro: which stages a change reruns, and what a failed stage leaves behind."""
 
+import shutil
 import time
 from pathlib import Path
 
@@ -65,6 +66,28 @@ def test_a_comment_reruns_the_stages_that_use_the_file(finished, name, expected)
     with (finished / name).open("a", encoding="utf-8") as file:
         file.write("# a comment\n")
     assert repro(finished) == expected.split()
+
+
+@pytest.mark.slow
+def test_own_files_that_change_rerun_the_stages_that_read_them(finished, tmp_path, tiny_model, tiny_corpus):
+    corpus = shutil.copytree(tiny_corpus, tmp_path / "own corpus")
+    (corpus / "test.txt").chmod(0o444)
+    corpus.chmod(0o755)
+    set_param(finished, "presets.local.dataset", str(corpus))
+    run(finished, "dvc", "repro")
+    with (corpus / "train.txt").open("a", encoding="utf-8") as file:
+        file.write(" The river reached the coast . \n")
+    assert repro(finished) == ["prepare", "tokenize", "train", "evaluate"]
+    assert repro(finished) == []
+
+    # Another preset replaces the links. DVC has neither removed what they pointed to nor changed its permissions.
+    before = {path.name: (path.stat().st_mode, path.read_bytes()) for path in corpus.iterdir()}
+    run(finished, "dvc", "repro", "--force", "--single-item", "sources")
+    run(finished, "dvc", "repro", "prepare", "--force")
+    run(finished, "dvc", "remove", "--outs", "sources")
+    assert {path.name: (path.stat().st_mode, path.read_bytes()) for path in corpus.iterdir()} == before
+    assert corpus.stat().st_mode & 0o777 == 0o755
+    assert before["test.txt"][0] & 0o777 == 0o444
 
 
 @pytest.mark.slow

@@ -27,13 +27,13 @@ def test_an_interpreter_without_click_says_what_to_activate():
     assert process.stdout == ""
     (line,) = process.stderr.splitlines()
     assert line.startswith("Error: ")
-    assert "has no click and no omegaconf: activate the environment first" in line
+    assert "has no click and no ruamel: activate the environment first" in line
 
 
 @pytest.mark.parametrize("package", ["torch", "transformers", "peft"])
 def test_a_missing_package_is_named(stage_folder, inputs, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
-    for name in ("model.lora", "model.loading", "model.head", "model.device", "training.loop"):
+    for name in ("model.lora", "model.layers", "model.loading", "model.head", "model.device", "training.loop"):
         folder, _, file = name.partition(".")
         monkeypatch.delitem(sys.modules, f"gpt2lora.{name}", raising=False)
         monkeypatch.delattr(sys.modules[f"gpt2lora.{folder}"], file, raising=False)

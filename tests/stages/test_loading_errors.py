@@ -9,7 +9,7 @@ import torch
 from bad_input import update_json
 from click.testing import CliRunner
 
-from gpt2lora.model import loading
+from gpt2lora.model import layers, loading
 from gpt2lora.pipeline import cli
 
 
@@ -18,7 +18,7 @@ def make_loading_command(folder: Path) -> click.Command:
 
     def main():
         """Load the base."""
-        loading.load_on_meta(folder)
+        layers.load_on_meta(folder)
         loading.load_base(folder, None, torch.float32)
 
     return cli.command(main)

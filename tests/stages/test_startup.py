@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-STAGES = ("base", "prepare", "tokenize", "train", "evaluate")
+STAGES = ("sources", "base", "prepare", "tokenize", "train", "evaluate")
 COMMANDS = ("compare", "dequantize", "export", "generate")
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "datasets", "huggingface_hub", "numpy", "tokenizers"}
 RUN_MODULE = """

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from bad_input import update_json
 from local_preset import write_params
 from training_runs import run_stage
 from wikitext import ARTICLES, GPT2_TOKENIZER, GPT2_TOKENS, WIKITEXT2, needs_tokenizer, needs_wikitext2
@@ -76,11 +77,14 @@ def test_the_default_block_size_is_the_models_context(folder, tiny_model):
 
 
 @pytest.mark.parametrize(("positions", "expected"), [(512, 512), (1024, 1024), (131_072, 1024)])
-def test_the_default_block_size_is_at_most_1024(capsys, positions, expected):
-    assert tokenize.choose_block_size(None, {"max_position_embeddings": positions}, 0) == expected
-    line = "tokenize: blocks of 1,024 tokens; the model has 131,072 positions: tokenize.block_size\n"
-    assert capsys.readouterr().out == (line if positions > expected else "")
-    assert tokenize.choose_block_size(positions, {"max_position_embeddings": positions}, 0) == positions
+def test_the_default_block_size_is_at_most_1024(folder, tmp_path, tiny_model, positions, expected):
+    model = shutil.copytree(tiny_model, tmp_path / "long")
+    update_json(model / "config.json", n_positions=positions)
+    assert run_tokenize(folder, "packed", None, model)["block_size"] == expected
+    output = run_stage(tokenize.main, "--raw", "raw", "--base", model, "--out", "tokens")
+    line = "tokenize: blocks of 1,024 of the model's 131,072 tokens: tokenize.block_size"
+    assert (line in output) is (positions > expected)
+    assert run_tokenize(folder, "packed", positions, model)["block_size"] == positions
 
 
 def test_ids_of_a_large_vocabulary_have_four_bytes(folder, tiny_model):

@@ -1,0 +1,83 @@
+"""A model's configuration and its linear layers, without its weights: what can be checked before any is loaded."""
+
+import re
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from gpt2lora.model.errors import library_errors
+from gpt2lora.pipeline import params
+from gpt2lora.pipeline.artifacts import require_file
+from gpt2lora.pipeline.schemas import LoraParams, parse_layers
+
+MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")  # of PEFT's list
+MAMBA_FUSED = (".out_proj", ".conv1d")
+
+
+def load_config(folder: Path) -> PretrainedConfig:
+    """Return the configuration of the model in `folder`."""
+    require_file(folder / "config.json", "base")
+    with loading_errors(folder):
+        # Without trust_remote_code=False, transformers asks at the keyboard whether to run a model's own code.
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def load_on_meta(folder: Path) -> PreTrainedModel:
+    """Return the model in `folder` without its weights, to check its layers quickly."""
+    config = load_config(folder)
+    with torch.device("meta"), loading_errors(folder):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def check_target_layers(folder: Path, lora: LoraParams) -> None:
+    """Refuse lora.target_modules and lora.layers that the model in `folder` lacks; its weights may be missing."""
+    select_target_layers(list(linear_layers(load_on_meta(folder))), lora)
+
+
+def linear_layers(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
+    """Return the layers that can have an adapter, by name: all linear layers except the output head.
+
+    PEFT refuses layers whose weight a fused kernel of a Mamba reads, without calling the layer.
+    """
+    head = model.get_output_embeddings()
+    fused = MAMBA_FUSED if model.config.model_type in MAMBA_TYPES else ()
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head and not name.endswith(fused)
+    }
+
+
+def select_target_layers(layers: list[str], lora: LoraParams) -> list[str]:
+    """Return the names of the linear layers that target_modules and layers select.
+
+    A target module selects the layers with this name, or with a name that ends in a dot and this name. The number of a
+    layer is the first number in its name: 6 in transformer.h.6.attn.c_attn.
+    """
+    selected = layers
+    if lora.target_modules != "all-linear":
+        matches = {name: {each for each in layers if f".{each}".endswith(f".{name}")} for name in lora.target_modules}
+        if unknown := [name for name, found in matches.items() if not found]:
+            kinds = sorted({".".join(layer.split(".")[-2:]) for layer in layers})
+            raise params.invalid("lora.target_modules", unknown[0], f"all-linear or names among {', '.join(kinds)}")
+        selected = [layer for layer in layers if layer in set.union(*matches.values())]
+    wanted = parse_layers(lora.layers)
+    if wanted is None:
+        return selected
+    number = {layer: int(found[1]) for layer in layers if (found := re.search(r"\.(\d+)\.", layer))}
+    if unknown := set(wanted) - set(number.values()):
+        known = f"all, or numbers from 0 to {max(number.values(), default=0)}, the layers of this model"
+        raise params.invalid("lora.layers", min(unknown), known)
+    in_layers = [layer for layer in selected if number.get(layer) in wanted]
+    params.require(in_layers, "lora.layers", lora.layers, f"a layer that has one of {', '.join(selected[:8])}")
+    return in_layers
+
+
+def loading_errors(folder: Path) -> AbstractContextManager[None]:
+    """Turn the errors that transformers raises for a folder without a causal language model into one line."""
+    return library_errors(
+        f"{folder}: transformers itself cannot load this model", "code that comes with a model is never run"
+    )

@@ -1,0 +1,39 @@
+"""The context in tokens: what params.yaml asks for, within what the model's config.json allows."""
+
+from typing import TYPE_CHECKING
+
+from gpt2lora.pipeline import params
+
+if TYPE_CHECKING:
+    from gpt2lora.pipeline.schemas import EvaluateParams
+
+MAX_DEFAULT = 1024  # positions: those of GPT-2. A step on the 131,072 of a Llama takes minutes, or does not fit
+
+
+def max_context(config: dict) -> int | None:
+    """Return the number of positions that a model's config.json gives, None if it gives none."""
+    return config.get("n_positions") or config.get("max_position_embeddings")
+
+
+def choose_block_size(block_size: int | None, config: dict, prefix: int) -> int:
+    """Return the context in tokens: tokenize.block_size, or by default the model's positions, at most MAX_DEFAULT.
+
+    Args:
+        prefix: number of ids that begin each row.
+    """
+    positions = max_context(config)
+    if positions is None and block_size is None:
+        expected = "an integer, since the model's config names no longest context"
+        raise params.invalid("tokenize.block_size", None, expected)
+    if positions and block_size and block_size > positions:
+        raise params.invalid("tokenize.block_size", block_size, f"at most {positions}, the model's n_positions")
+    context = block_size or min(positions, MAX_DEFAULT)
+    params.require(context >= prefix, "tokenize.block_size", context, f"at least {prefix}, the ids before each row")
+    return context
+
+
+def choose_stride(evaluate: "EvaluateParams", block_size: int) -> int:
+    """Return the tokens from one window to the next: evaluate.stride, or by default the block size."""
+    if evaluate.stride is not None and evaluate.stride > block_size:
+        raise params.invalid("evaluate.stride", evaluate.stride, f"1 to {block_size}, the block size, or null")
+    return evaluate.stride or block_size

@@ -1,0 +1,65 @@
+"""sources: links to a preset's model and texts on this disk, so that DVC sees when they change.
+
+in   params.yaml: preset, presets.<preset>.model, .model_revision, .dataset, .dataset_revision
+out  data/sources/paths.json: the full path of each, null for what is on the hub or in the sample
+     data/sources/model, data/sources/dataset: links to them, of which DVC knows only as inputs of `base` and `prepare`:
+     before DVC runs a stage it removes its outputs, or changes their permissions
+"""
+
+import json
+import os
+from pathlib import Path
+
+import click
+
+from gpt2lora.pipeline import params
+from gpt2lora.pipeline.artifacts import atomic_output
+from gpt2lora.pipeline.cli import command, echo
+from gpt2lora.pipeline.schemas import check_params
+from gpt2lora.sources import hub, local
+
+ELSEWHERE = "not a file or a folder of this disk\n"
+
+
+@command
+@click.option("--out", type=Path, default="data/sources", show_default=True, help="Folder of the links.")
+def main(out: Path) -> None:
+    """Link the preset's model and texts, if they are on this disk, into data/sources."""
+    check_params()
+    name = params.choice("preset", "presets")
+    preset = params.section(f"presets.{name}", params.PresetParams)
+    paths = {
+        "model": find_source(f"presets.{name}.model", preset.model, preset.model_revision),
+        "dataset": find_source(f"presets.{name}.dataset", preset.dataset, preset.dataset_revision),
+    }
+    for kind, path in paths.items():
+        write_link(out / kind, path)
+    with atomic_output(out / "paths.json") as file:
+        file.write_text(json.dumps(paths, indent=2) + "\n")
+    echo("sources: " + ", ".join(f"{kind} {path or 'not on this disk'}" for kind, path in paths.items()))
+
+
+def find_source(key: str, source: str | None, revision: str | None) -> str | None:
+    """Return the full path of a model or a dataset, None if it is not on this disk; refuse what can be neither."""
+    if source == local.SAMPLE:
+        return None
+    if path := local.resolve_local_path(key, source, revision):
+        return os.path.abspath(path)
+    hub.check_revision(key.rpartition(".")[2], source, revision)
+    return None
+
+
+def write_link(link: Path, path: str | None) -> None:
+    """Make `link` a link to `path`, or a small file if there is none. What an older link points to is not touched."""
+    link.parent.mkdir(parents=True, exist_ok=True)
+    new = link.with_name(f".{link.name}.new")
+    new.unlink(missing_ok=True)
+    if path:
+        new.symlink_to(path)
+    else:
+        new.write_text(ELSEWHERE)
+    new.replace(link)
+
+
+if __name__ == "__main__":
+    main()
