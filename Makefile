@@ -6,12 +6,12 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-all test-slow test-kill verify bench install clean
+.PHONY: help demo test test-all test-slow test-kill test-models test-peers verify bench install clean
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(INSTALLED) ## run the whole pipeline on the embedded sample, with LoRA and with QLoRA, and compare them
 	@$(BIN)/python tools/demo.py
@@ -28,6 +28,13 @@ test-slow: $(INSTALLED) ## run the tests that `make test` leaves out: kills, clo
 
 test-kill: $(INSTALLED) ## kill every stage 200 times at random moments
 	KILLS=200 $(BIN)/python -m pytest tests/reliability/test_killed.py -k random_moments --timeout 3600
+
+test-models: $(INSTALLED) ## train and evaluate a small model of every type that transformers knows: an hour or more
+	EVERY_MODEL=1 $(PYTEST) tests/model/test_every_model.py
+
+test-peers: $(INSTALLED) ## compare with lm-evaluation-harness and transformers' Trainer; installs the extra `peers`
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[test,peers]'
+	$(BIN)/python -m pytest tests/peers
 
 verify: $(INSTALLED) ## check GPT-2's published perplexities on WikiText-2: needs the hub, and a GPU or patience
 	@$(BIN)/python tools/published_perplexity.py
