@@ -13,11 +13,11 @@ from pathlib import Path
 
 import click
 
-from gpt2lora.model.early_checks import check_later_params, read_config
 from gpt2lora.pipeline import environment, params
 from gpt2lora.pipeline.artifacts import MANIFEST, atomic_output, digests
 from gpt2lora.pipeline.cli import StageError, command, echo
-from gpt2lora.pipeline.schemas import check_params
+from gpt2lora.pipeline.context import read_config
+from gpt2lora.pipeline.schemas import LoraParams, check_context, check_params
 from gpt2lora.sources import hub, local
 from gpt2lora.sources.hub import CONFIG_FILES
 
@@ -43,14 +43,16 @@ def main(out: Path) -> None:
             from gpt2lora.sample import model
 
             model.sample_config().save_pretrained(folder)
-            check_later_params(read_config(folder, preset.model), folder)
+            check_context(read_config(folder, preset.model))
+            check_layers(folder)
             model.make_sample_model(folder, seed)
         else:
             source = local.resolve_local_path(key, preset.model, preset.model_revision)
             echo(f"base: copying {source}" if source else f"base: fetching {preset.model} at {preset.model_revision}")
             origin = {"model": os.path.abspath(source) if source else preset.model, "revision": preset.model_revision}
             config = source or hub.fetch_config(preset.model, preset.model_revision)
-            check_later_params(read_config(config, preset.model), config)
+            check_context(read_config(config, preset.model))
+            check_layers(config)
             copy_model(source or hub.fetch_model(preset.model, preset.model_revision), folder)
         check_weights(folder, preset.model)
         write_fast_tokenizer(folder, preset.model)
@@ -60,6 +62,15 @@ def main(out: Path) -> None:
         (folder / MANIFEST).write_text(json.dumps({"source": origin, "files": digests(folder)}, indent=2) + "\n")
     environment.write_record(out, "base", started, preset=name, model=preset.model, revision=preset.model_revision)
     echo(f"base: {out} holds {preset.model}, {size:,} tokens in its vocabulary")
+
+
+def check_layers(folder: Path) -> None:
+    """Refuse lora.target_modules and lora.layers as `train` would, by the config.json in `folder` alone."""
+    lora = params.section("lora", LoraParams)
+    if params.value("method", str) != "full" and (lora.target_modules, lora.layers) != ("all-linear", "all"):
+        from gpt2lora.model import layers  # takes torch, and seconds
+
+        layers.check_target_layers(folder, lora)
 
 
 def copy_model(source: Path, folder: Path) -> None:

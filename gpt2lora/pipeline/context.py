@@ -1,13 +1,33 @@
 """The context in tokens: what params.yaml asks for, within what the model's config.json allows."""
 
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt2lora.pipeline import params
+from gpt2lora.pipeline.cli import StageError
 
 if TYPE_CHECKING:
     from gpt2lora.pipeline.schemas import EvaluateParams
 
 MAX_DEFAULT = 1024  # positions: those of GPT-2. A step on the 131,072 of a Llama takes minutes, or does not fit
+POSITIONS = ("n_positions", "max_position_embeddings")  # names of the maximum context in config.json
+
+
+def read_config(folder: Path, name: str) -> dict:
+    """Return config.json, after a look at the sizes in it."""
+    if not (folder / "config.json").is_file():
+        raise StageError(f"{name}: no config.json: expected a folder written by transformers' save_pretrained")
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        sizes = {"vocab_size": config["vocab_size"]}
+        sizes |= {key: config[key] for key in POSITIONS if config.get(key) is not None}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StageError(f"{name}: config.json holds no vocab_size: expected a causal language model") from error
+    for key, size in sizes.items():
+        if type(size) is not int or size <= 0:
+            raise StageError(f"{name}: config.json: {key} is {size!r}: expected an integer above 0")
+    return config
 
 
 def max_context(config: dict) -> int | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpt2lora.pipeline import params
-from gpt2lora.pipeline.context import choose_stride
+from gpt2lora.pipeline.context import choose_block_size, choose_stride
 
 LAYOUTS = ("packed", "padded")
 PROTOCOLS = ("native", "hf", "lm-eval")
@@ -207,6 +207,12 @@ def check_params() -> None:
     check_method(method, found["lora"], found["train"])
     if (block_size := found["tokenize"].block_size) is not None:
         choose_stride(found["evaluate"], block_size)
+
+
+def check_context(config: dict) -> None:
+    """Refuse a block size or a stride that the model does not allow, by its config.json alone."""
+    block_size = choose_block_size(params.section("tokenize", TokenizeParams).block_size, config, 0)
+    choose_stride(params.section("evaluate", EvaluateParams), block_size)
 
 
 def check_method(method: str, lora: LoraParams, train: TrainParams) -> None:

@@ -117,6 +117,7 @@ def _snapshot(
         needed: glob patterns that an offline cache must match if it does not know which files the repository has.
         ignore: a glob pattern of files to leave out.
     """
+    _set_up_client()
     check_revision(kind, repo_id, revision)
     from huggingface_hub import constants
 
@@ -134,24 +135,27 @@ def _snapshot(
 
 
 def check_revision(kind: str, repo_id: str, revision: str | None) -> None:
-    """Refuse a revision that is no full commit hash; only then ask the hub, for the hash to write.
+    """Refuse a revision that is no full commit hash; only then the hub is asked, for the hash to write.
 
     Raises:
         StageError: says also that `repo_id` is no path on this machine, which may be what was meant.
     """
+    if COMMIT.fullmatch(revision or ""):
+        return
+    _set_up_client()
+    advice = _suggest_commit(kind, repo_id, revision or "main")
+    path = f"; if a path was meant: {repo_id!r} is no file or folder, seen from {Path.cwd()}"
+    line = f"{kind} {repo_id}: expected a full commit hash as its revision, not {revision!r}: {advice}"
+    raise StageError(line + path * (revision is None))
+
+
+def _set_up_client() -> None:
     _check_endpoint()
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from huggingface_hub import set_client_factory
 
     set_client_factory(hub_download.make_client)
-    if not COMMIT.fullmatch(revision or ""):
-        advice = _suggest_commit(kind, repo_id, revision or "main")
-        path = f"; if a path was meant: {repo_id!r} is no file or folder, seen from {Path.cwd()}"
-        raise StageError(
-            f"{kind} {repo_id}: expected a full commit hash as its revision, not {revision!r}: {advice}"
-            + path * (revision is None)
-        )
 
 
 def _check_endpoint() -> None:

@@ -58,14 +58,24 @@ def write_card(
         "training": f"{record['steps']:,} steps, {record['tokens']:,} tokens, learning rate {train.learning_rate:g}",
         "trained parameters": "{:,} of {:,}".format(*parameters),
         "validation loss": f"{before:.4f} nats/token before training, {after:.4f} after step {record['best_step']:,}",
-        "validation perplexity": f"{math.exp(before):.2f} before training, {math.exp(after):.2f} after",
+        "validation perplexity": f"{perplexity(before)} before training, {perplexity(after)} after",
     }
-    table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows.items())])
+    table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {escape(text)} |" for name, text in rows.items())])
     title = f"{METHOD_NAMES[method]} for {Path(source.get('model') or 'the embedded sample').name}"
     figures = "Figures on the test split are in `metrics/eval.json` and `metrics/report.md` of the same run."
     load = describe_loading(base, source, method, quantization, lora)
     text = f"---\n{card_metadata(source, data, method)}\n---\n\n# {title}\n\n{table}\n\n{figures}\n\n## Load\n\n{load}"
     (folder / CARD).write_text(text, encoding="utf-8")
+
+
+def perplexity(loss: float) -> str:
+    """Return exp(loss) as text; a float holds none above exp(709)."""
+    return f"{math.exp(loss):.2f}" if loss < 709 else "above 1e307"
+
+
+def escape(text: str) -> str:
+    """Return text for a cell of a Markdown table, which a bar or a line break in a path would end."""
+    return " ".join(text.split("\n")).replace("|", "\\|")
 
 
 def card_metadata(source: dict, data: dict, method: str) -> str:

@@ -155,7 +155,7 @@ def test_a_stage_uses_exactly_what_it_declares(stage, finished, params_read, fak
         monkeypatch.chdir(folder)
         params_read.clear()
         module = importlib.import_module(f"stages.{stage}")
-        for check in ("check_params", "check_later_params"):  # these decide nothing, they only refuse
+        for check in ("check_params", "check_context", "check_layers"):  # these decide nothing, they only refuse
             monkeypatch.setattr(module, check, lambda *_: None, raising=False)
         module.main.main([], standalone_mode=False)
 

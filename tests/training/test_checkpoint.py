@@ -177,6 +177,7 @@ CHANGED_VALUES = {
     "train.deterministic": True,
     "train.validations": 4,
     "train.checkpoint_every": 3,
+    "train.seed": 7,
 }
 
 

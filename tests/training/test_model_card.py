@@ -81,6 +81,14 @@ def test_a_card_of_a_folder_names_no_repository_of_the_hub(tmp_path):
     assert "The base is a folder of the machine that trained" in card
 
 
+def test_a_card_survives_a_strange_path_and_a_loss_beyond_all_perplexities(tmp_path, monkeypatch):
+    monkeypatch.setitem(RECORD, "start_validation_loss", 1000.0)
+    card = write_card(tmp_path, {"model": "/a|b\n\"c'", "revision": None}, {"dataset": "own|text.txt"})
+    assert "| base | `/a\\|b \"c'` |\n| data | `own\\|text.txt` |\n" in card
+    assert "| validation perplexity | above 1e307 before training, 2.72 after |" in card
+    compile(re.search(r"```python\n(.*?)```", card, re.S)[1], "card", "exec")
+
+
 def test_a_card_of_the_sample_says_that_its_base_is_here_alone(tmp_path):
     card = write_card(tmp_path, {"model": None, "revision": None}, {"dataset": "sample"})
     assert f"This base exists only where the run was made: as `{tmp_path}/base`" in card
