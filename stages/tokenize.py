@@ -7,12 +7,15 @@ out  data/tokens: {train,validation,test}.npy, {train,validation,test}.lengths.n
 
 import json
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from gpt2lora.dataset.articles import mark_article_starts
+from gpt2lora.dataset.documents import find_split, read_marked, read_texts, split_digests
+from gpt2lora.dataset.special_tokens import Occurrences, watch_special_tokens
 from gpt2lora.dataset.tokenizer import (
     PIECE_CHARACTERS,
     encode_articles,
@@ -20,12 +23,14 @@ from gpt2lora.dataset.tokenizer import (
     end_of_text_id,
     load_tokenizer,
     max_context,
-    read_lines,
     text_prefix,
 )
 from gpt2lora.pipeline import environment, params
-from gpt2lora.pipeline.artifacts import MANIFEST, atomic_output, digests, read_json, require_file, verify_folder
+from gpt2lora.pipeline.artifacts import MANIFEST, atomic_output, digests, read_json, verify_folder
 from gpt2lora.pipeline.cli import StageError, command, echo
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 LAYOUTS = ("packed", "padded")
 
@@ -36,6 +41,7 @@ class TokenizeParams:
 
     block_size: int | None
     layout: str
+    special_tokens: bool
 
     def __post_init__(self):
         valid = self.block_size is None or self.block_size > 0
@@ -56,7 +62,7 @@ def main(raw: Path, base: Path, out: Path) -> None:
     verify_folder(base, "base")
     verify_folder(raw, "prepare")
     config = read_json(base / "config.json", "base", "vocab_size")
-    tokenizer = load_tokenizer(base)
+    tokenizer = load_tokenizer(base, tokenize.special_tokens)
     end, prefix = end_of_text_id(base, config, tokenizer), text_prefix(tokenizer)
     block_size = choose_block_size(tokenize.block_size, config, len(prefix))
     dtype = blocks.token_dtype(config["vocab_size"])
@@ -65,20 +71,23 @@ def main(raw: Path, base: Path, out: Path) -> None:
     with atomic_output(out) as folder:
         folder.mkdir()
         for split in blocks.SPLITS:
-            text, counts = require_file(raw / f"{split}.txt", "prepare"), {"texts": 0, "tokens": 0}
+            file, counts = find_split(raw, split), Counter(texts=0, tokens=0)
+            found, label = watch_special_tokens(base, tokenizer), f"tokenize {split}"
             if tokenize.layout == "packed":
-                lines = mark_article_starts(read_lines(text, PIECE_CHARACTERS))
-                stream = encode_articles(tokenizer, lines, end, dtype, counts)
+                marked = read_marked(file, PIECE_CHARACTERS, label)
+                stream = encode_articles(tokenizer, marked, end, dtype, counts, found)
                 parts = blocks.pack_stream(stream, block_size, end, prefix)
             else:
-                parts = encode_paragraphs(tokenizer, read_lines(text), block_size, end, dtype, counts, prefix)
+                texts = read_texts(file, label)
+                parts = encode_paragraphs(tokenizer, texts, block_size, end, dtype, counts, prefix, found)
             blocks.save_stream(parts, block_size + 1, dtype, folder, split)
             saved = blocks.load_blocks(folder, split, prefix)
             if len(saved) == 0:
-                raise StageError(f"{text}: the {split} split is empty: it has no token to predict; add text")
+                raise StageError(f"{file}: the {split} split is empty: it has no token to predict; add text")
             splits[split] = counts | {"rows": len(saved), "predicted_tokens": saved.targets}
             line = "  ".join(f"{count:>11,} {name}" for name, count in splits[split].items())
             echo(f"tokenize: {split:10} {line}".replace("_", " "))
+            splits[split] |= describe_special_tokens(found, tokenizer, split)
         manifest = {
             "layout": tokenize.layout,
             "block_size": block_size,
@@ -86,13 +95,29 @@ def main(raw: Path, base: Path, out: Path) -> None:
             "vocabulary_size": tokenizer.get_vocab_size(),
             "end_of_text_id": end,
             "prefix": prefix,
+            "special_tokens": tokenize.special_tokens,
             "splits": splits,
             "files": digests(folder, "*.npy"),
             "base": digests(base),
-            "raw": digests(raw, "*.txt"),
+            "raw": split_digests(raw),
         }
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     environment.write_record(out, "tokenize", started)
+
+
+def describe_special_tokens(found: Occurrences, tokenizer: "Tokenizer", split: str) -> dict[str, dict[str, int]]:
+    """Print which special tokens occur in a split, as tokens and as letters; return it for the manifest."""
+    counts = {tokenizer.id_to_token(id): count for id, count in found.tokens.items() if count}
+    letters = {token: count for token, count in found.letters.items() if count}
+    for token, count in counts.items():
+        echo(f"tokenize: {split:10} {count:>11,} times {token}, encoded as this token")
+    for token, count in letters.items():
+        echo(
+            f"tokenize: {split:10} {count:>11,} times {token}, encoded as letters: if it separates documents, set "
+            "prepare.document_separator; tokenize.special_tokens: true makes it the token"
+        )
+    named = {"special_tokens": counts, "control_tokens_as_letters": letters}
+    return {name: values for name, values in named.items() if values}
 
 
 def choose_block_size(block_size: int | None, config: dict, prefix: int) -> int:
