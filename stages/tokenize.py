@@ -84,9 +84,11 @@ def main(raw: Path, base: Path, out: Path) -> None:
             saved = blocks.load_blocks(folder, split, prefix)
             if len(saved) == 0:
                 raise StageError(f"{file}: the {split} split is empty: it has no token to predict; add text")
-            splits[split] = counts | {"rows": len(saved), "predicted_tokens": saved.targets}
+            splits[split] = {**counts, "rows": len(saved), "predicted_tokens": saved.targets}
             line = "  ".join(f"{count:>11,} {name}" for name, count in splits[split].items())
             echo(f"tokenize: {split:10} {line}".replace("_", " "))
+            if cut := counts["cut_tokens"] / counts["tokens"]:
+                echo(f"tokenize: {split:10} {cut:.1%} of the tokens cut: their paragraphs are longer than a block")
             splits[split] |= describe_special_tokens(found, tokenizer, split)
         manifest = {
             "layout": tokenize.layout,
@@ -109,15 +111,19 @@ def describe_special_tokens(found: Occurrences, tokenizer: "Tokenizer", split: s
     """Print which special tokens occur in a split, as tokens and as letters; return it for the manifest."""
     counts = {tokenizer.id_to_token(id): count for id, count in found.tokens.items() if count}
     letters = {token: count for token, count in found.letters.items() if count}
-    for token, count in counts.items():
-        echo(f"tokenize: {split:10} {count:>11,} times {token}, encoded as this token")
-    for token, count in letters.items():
+    if counts:
+        echo(f"tokenize: {split:10} special tokens in the text: {list_counts(counts)}")
+    if letters:
         echo(
-            f"tokenize: {split:10} {count:>11,} times {token}, encoded as letters: if it separates documents, set "
-            "prepare.document_separator; tokenize.special_tokens: true makes it the token"
+            f"tokenize: {split:10} encoded as letters: {list_counts(letters)}: if they separate documents, set "
+            "prepare.document_separator; tokenize.special_tokens: true makes them tokens"
         )
     named = {"special_tokens": counts, "control_tokens_as_letters": letters}
     return {name: values for name, values in named.items() if values}
+
+
+def list_counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} times {token}" for token, count in counts.items())
 
 
 def choose_block_size(block_size: int | None, config: dict, prefix: int) -> int:

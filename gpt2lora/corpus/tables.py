@@ -49,7 +49,7 @@ def read_tables(files: list[Path], column: str) -> Iterator[str | None]:
     options = {
         "json": {"on_mixed_types": None, "parse_agent_traces": False},
         "csv": {"sep": "\t" if suffix == ".tsv" else ",", "converters": {column: str}, "na_filter": False},
-        "parquet": {},
+        "parquet": {"batch_size": BATCH_ROWS},
     }[BUILDERS[suffix]]
     name = str(files[0]) if len(files) == 1 else f"{files[0].parent}/{files[0].name} and others"
     try:
@@ -104,4 +104,5 @@ def import_datasets():
     import datasets
 
     datasets.logging.set_verbosity(logging.CRITICAL)
+    datasets.config.TORCH_AVAILABLE = False  # or it imports torch, which takes seconds and 180 MB, and is of no use
     return datasets

@@ -161,7 +161,7 @@ def tokenize_text(tmp_path, tiny_model, text: str, layout: str, block_size: int)
     (tmp_path / "raw").mkdir()
     for split in blocks.SPLITS:
         (tmp_path / f"raw/{split}.txt").write_bytes(text.encode())
-    params = {"tokenize": {"block_size": block_size, "layout": layout}}
+    params = {"tokenize": {"block_size": block_size, "layout": layout, "special_tokens": False}}
     (tmp_path / "params.yaml").write_text(json.dumps(params))
     run_stage(tokenize.main, "--raw", "raw", "--base", tiny_model, "--out", "tokens")
     return blocks.load_blocks(tmp_path / "tokens", "test", ())

@@ -122,7 +122,7 @@ def fake_hub(monkeypatch, tiny_model, tiny_corpus) -> None:
     splits = {"train": "train", "validation": "valid", "test": "test"}
     rows = {split: (tiny_corpus / f"{name}.txt").read_text().splitlines() for split, name in splits.items()}
     monkeypatch.setattr(hub, "fetch_model", lambda name, revision: tiny_model)
-    monkeypatch.setattr(hub, "fetch_dataset", lambda name, config, revision: rows)
+    monkeypatch.setattr(hub, "fetch_dataset", lambda name, config, revision, column: rows)
 
 
 # Runs of each stage that together read all of its parameters.
