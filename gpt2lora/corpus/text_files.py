@@ -23,7 +23,7 @@ def read_pieces(path: Path, counts: Counter) -> Iterator[str]:
         counts: "line_ends" and "byte_order_marks", what was normalized, are added to.
     """
     first, held = True, ""
-    for piece in decode(path):
+    for piece in filter(None, decode(path)):
         if first and piece.startswith(BYTE_ORDER_MARK):
             piece = piece[1:]
             counts["byte_order_marks"] += 1
