@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gpt2lora.corpus.tables import BUILDERS, SAVED, read_column, read_saved, read_tables, table_suffix
 from gpt2lora.corpus.text_files import COMPRESSED, normalize_line_ends, read_pieces, split_documents
-from gpt2lora.dataset.articles import TITLE
+from gpt2lora.dataset.articles import mark_article_starts
 from gpt2lora.dataset.documents import DOCUMENTS, TEXT, write_documents
 from gpt2lora.pipeline import params
 from gpt2lora.pipeline.cli import StageError, echo
@@ -79,11 +79,9 @@ def write_hub_rows(rows: dict[str, Iterable[str | None]], folder: Path) -> dict[
 
 
 def are_lines(rows: Iterable[str | None]) -> bool:
-    """Tell whether rows are the lines of articles in WikiText's form, by the first of them."""
-    first = list(itertools.islice(rows, FIRST_ROWS))
-    if any(row is None or "\n" in row[:-1] for row in first):
-        return False
-    return TITLE.search("".join(map(restore_line, first))) is not None
+    """Tell whether rows are the lines of WikiText, of which some are titles between blank ones."""
+    first = [row or "" for row in itertools.islice(rows, FIRST_ROWS)]
+    return any(starts for starts, _ in mark_article_starts(["text\n", "\n", *map(restore_line, first)]))
 
 
 def refuse_separator(separator: str | None, source: Path | str) -> None:
