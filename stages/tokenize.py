@@ -10,12 +10,11 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from gpt2lora.dataset.documents import find_split, read_marked, read_texts, split_digests
-from gpt2lora.dataset.special_tokens import Occurrences, watch_special_tokens
+from gpt2lora.dataset.special_tokens import describe_special_tokens, watch_special_tokens
 from gpt2lora.dataset.tokenizer import (
     PIECE_CHARACTERS,
     encode_articles,
@@ -28,9 +27,6 @@ from gpt2lora.dataset.tokenizer import (
 from gpt2lora.pipeline import environment, params
 from gpt2lora.pipeline.artifacts import MANIFEST, atomic_output, digests, read_json, verify_folder
 from gpt2lora.pipeline.cli import StageError, command, echo
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
 
 LAYOUTS = ("packed", "padded")
 
@@ -71,8 +67,8 @@ def main(raw: Path, base: Path, out: Path) -> None:
     with atomic_output(out) as folder:
         folder.mkdir()
         for split in blocks.SPLITS:
-            file, counts = find_split(raw, split), Counter(texts=0, tokens=0)
-            found, label = watch_special_tokens(base, tokenizer), f"tokenize {split}"
+            file, label = find_split(raw, split), f"tokenize {split}"
+            counts, found = Counter(texts=0, tokens=0), watch_special_tokens(base, tokenizer)
             if tokenize.layout == "packed":
                 marked = read_marked(file, PIECE_CHARACTERS, label)
                 stream = encode_articles(tokenizer, marked, end, dtype, counts, found)
@@ -105,25 +101,6 @@ def main(raw: Path, base: Path, out: Path) -> None:
         }
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     environment.write_record(out, "tokenize", started)
-
-
-def describe_special_tokens(found: Occurrences, tokenizer: "Tokenizer", split: str) -> dict[str, dict[str, int]]:
-    """Print which special tokens occur in a split, as tokens and as letters; return it for the manifest."""
-    counts = {tokenizer.id_to_token(id): count for id, count in found.tokens.items() if count}
-    letters = {token: count for token, count in found.letters.items() if count}
-    if counts:
-        echo(f"tokenize: {split:10} special tokens in the text: {list_counts(counts)}")
-    if letters:
-        echo(
-            f"tokenize: {split:10} encoded as letters: {list_counts(letters)}: if they separate documents, set "
-            "prepare.document_separator; tokenize.special_tokens: true makes them tokens"
-        )
-    named = {"special_tokens": counts, "control_tokens_as_letters": letters}
-    return {name: values for name, values in named.items() if values}
-
-
-def list_counts(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count:,} times {token}" for token, count in counts.items())
 
 
 def choose_block_size(block_size: int | None, config: dict, prefix: int) -> int:

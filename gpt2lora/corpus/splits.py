@@ -72,7 +72,8 @@ def cut_splits(folder: Path, shares: dict[str, float], seed: int, source: str) -
     if count < needed:
         few = {2: "two", 3: "three"}[needed]
         what = f"{few} documents" if unit == "documents" else f"{few} articles or {few} lines"
-        raise StageError(f"{source}: {count} {unit}: expected at least {what} to split")
+        hint = "" if unit == "documents" else "; prepare.document_separator divides a text otherwise"
+        raise StageError(f"{source}: {count} {unit}: expected at least {what} to split{hint}")
     owners = assign(count, shares, None if unit == "lines" else seed)
     new = train.with_name("cut")
     distribute(mark(train), owners, [new, *(folder / f"{split}{train.suffix}" for split in shares)])

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt2lora.pipeline.artifacts import read_json
+from gpt2lora.pipeline.cli import echo
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -79,3 +80,22 @@ def watch_special_tokens(base: Path, tokenizer: "Tokenizer") -> Occurrences:
     now = tokenizer.get_added_tokens_decoder()
     letters = [token for token, id in special.items() if tokenizer.encode_special_tokens and now[id].special]
     return Occurrences({id: 0 for token, id in special.items() if token not in letters}, dict.fromkeys(letters, 0))
+
+
+def describe_special_tokens(found: Occurrences, tokenizer: "Tokenizer", split: str) -> dict[str, dict[str, int]]:
+    """Print which special tokens occur in a split, as tokens and as letters; return it for the manifest."""
+    counts = {tokenizer.id_to_token(id): count for id, count in found.tokens.items() if count}
+    letters = {token: count for token, count in found.letters.items() if count}
+    if counts:
+        echo(f"tokenize: {split:10} special tokens in the text: {list_counts(counts)}")
+    if letters:
+        echo(
+            f"tokenize: {split:10} encoded as letters: {list_counts(letters)}: if they separate documents, set "
+            "prepare.document_separator; tokenize.special_tokens: true makes them tokens"
+        )
+    named = {"special_tokens": counts, "control_tokens_as_letters": letters}
+    return {name: values for name, values in named.items() if values}
+
+
+def list_counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} times {token}" for token, count in counts.items())

@@ -36,7 +36,8 @@ def test_a_text_too_short_to_split_is_refused(stage_folder, text, count):
     (stage_folder / "corpus.txt").write_text(text)
     tiny.set_param(stage_folder, "presets.local.dataset", "corpus.txt")
     assert error_line(prepare.main) == (
-        f"corpus.txt: {count} lines: expected at least three articles or three lines to split"
+        f"corpus.txt: {count} lines: expected at least three articles or three lines to split; "
+        "prepare.document_separator divides a text otherwise"
     )
 
 
