@@ -188,7 +188,8 @@ def check_with_model(section: object, key: str, layers: list[str]) -> None:
     if isinstance(section, lora.LoraParams):
         assert lora.select_target_layers(layers, section)
     elif isinstance(section, tokenize.TokenizeParams):
-        assert 0 < tokenize.choose_block_size(section.block_size, {"n_positions": tiny.POSITIONS}, 0) <= tiny.POSITIONS
+        config = {"n_positions": tiny.POSITIONS}
+        assert 0 < tokenize.choose_block_size(section.block_size, config, prefix=0) <= tiny.POSITIONS
     elif isinstance(section, params.PresetParams):
         for name in ("model", "dataset"):
             if getattr(section, name) != local.SAMPLE:
