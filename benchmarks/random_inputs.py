@@ -47,6 +47,6 @@ def tokens(folder: Path, base: Path, block_size: int, count: int) -> Path:
                 blocks.save_blocks(blocks.Blocks(ids, np.full(number, block_size + 1, np.int32)), new, split)
     # Models with the same vocabulary share the arrays; the manifest names the one that is used now.
     manifest = {"block_size": block_size, "files": digests(target, "*.npy"), "base": digests(base), "raw": {}}
-    manifest["prefix"] = []  # the random rows begin with no particular token
+    manifest |= {"prefix": [], "special_tokens": False}
     (target / MANIFEST).write_text(json.dumps(manifest) + "\n")
     return target

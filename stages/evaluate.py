@@ -45,6 +45,7 @@ def main(raw: Path, tokens: Path, base: Path, adapter: Path, loss: Path, out: Pa
     check_params()
     evaluate = params.section("evaluate", EvaluateParams)
     from gpt2lora.dataset.blocks import read_token_manifest
+    from gpt2lora.dataset.documents import find_split
     from gpt2lora.dataset.tokenizer import load_tokenizer
     from gpt2lora.evaluation.protocols import build_task, read_test_text
 
@@ -52,10 +53,12 @@ def main(raw: Path, tokens: Path, base: Path, adapter: Path, loss: Path, out: Pa
     manifest = read_token_manifest(tokens, base)
     verify_digests(raw, manifest["raw"], tokens / MANIFEST, "prepare tokenize")
     stride = choose_stride(evaluate, manifest["block_size"])
-    text, tokenizer = read_test_text(raw), load_tokenizer(base)
+    text, tokenizer = read_test_text(raw), load_tokenizer(base, manifest["special_tokens"])
     task = build_task(evaluate.protocol, stride, manifest, text, tokens, base)
     if len(task.windows) == 0 or task.words == 0:
-        raise StageError(f"{raw}/test.txt: nothing to score: expected a word at least, and a token to predict")
+        raise StageError(
+            f"{find_split(raw, 'test')}: nothing to score: expected a word at least, and a token to predict"
+        )
 
     echo("evaluate: loading torch and transformers")
     from gpt2lora.evaluation.samples import choose_prompts, generate_samples

@@ -10,22 +10,23 @@ if __name__ == "tokenize":  # in the place of the standard library's module, sin
 
 import json
 import time
+from collections import Counter
 from pathlib import Path
 
 import click
 
-from gpt2lora.dataset.articles import mark_article_starts
+from gpt2lora.dataset.documents import find_split, read_marked, read_texts, split_digests
+from gpt2lora.dataset.special_tokens import describe_special_tokens, watch_special_tokens
 from gpt2lora.dataset.tokenizer import (
     PIECE_CHARACTERS,
     encode_articles,
     encode_paragraphs,
     end_of_text_id,
     load_tokenizer,
-    read_lines,
     text_prefix,
 )
 from gpt2lora.pipeline import environment, params
-from gpt2lora.pipeline.artifacts import MANIFEST, atomic_output, digests, read_json, require_file, verify_folder
+from gpt2lora.pipeline.artifacts import MANIFEST, atomic_output, digests, read_json, verify_folder
 from gpt2lora.pipeline.cli import StageError, command, echo
 from gpt2lora.pipeline.context import choose_block_size, max_context
 from gpt2lora.pipeline.schemas import TokenizeParams, check_params
@@ -45,7 +46,7 @@ def main(raw: Path, base: Path, out: Path) -> None:
     verify_folder(base, "base")
     verify_folder(raw, "prepare")
     config = read_json(base / "config.json", "base", "vocab_size")
-    tokenizer = load_tokenizer(base)
+    tokenizer = load_tokenizer(base, tokenize.special_tokens)
     end, prefix = end_of_text_id(base, config, tokenizer), text_prefix(tokenizer)
     block_size = choose_block_size(tokenize.block_size, config, len(prefix))
     if block_size < (max_context(config) or 0) and tokenize.block_size is None:
@@ -56,20 +57,25 @@ def main(raw: Path, base: Path, out: Path) -> None:
     with atomic_output(out) as folder:
         folder.mkdir()
         for split in blocks.SPLITS:
-            text, counts = require_file(raw / f"{split}.txt", "prepare"), {"texts": 0, "tokens": 0}
+            file, label = find_split(raw, split), f"tokenize {split}"
+            counts, found = Counter(texts=0, tokens=0), watch_special_tokens(base, tokenizer)
             if tokenize.layout == "packed":
-                lines = mark_article_starts(read_lines(text, PIECE_CHARACTERS))
-                stream = encode_articles(tokenizer, lines, end, dtype, counts)
+                marked = read_marked(file, PIECE_CHARACTERS, label)
+                stream = encode_articles(tokenizer, marked, end, dtype, counts, found)
                 parts = blocks.pack_stream(stream, block_size, end, prefix)
             else:
-                parts = encode_paragraphs(tokenizer, read_lines(text), block_size, end, dtype, counts, prefix)
+                texts = read_texts(file, label)
+                parts = encode_paragraphs(tokenizer, texts, block_size, end, dtype, counts, prefix, found)
             blocks.save_stream(parts, block_size + 1, dtype, folder, split)
             saved = blocks.load_blocks(folder, split, prefix)
             if len(saved) == 0:
-                raise StageError(f"{text}: the {split} split is empty: it has no token to predict; add text")
-            splits[split] = counts | {"rows": len(saved), "predicted_tokens": saved.targets}
+                raise StageError(f"{file}: the {split} split is empty: it has no token to predict; add text")
+            splits[split] = {**counts, "rows": len(saved), "predicted_tokens": saved.targets}
             line = "  ".join(f"{count:>11,} {name}" for name, count in splits[split].items())
             echo(f"tokenize: {split:10} {line}".replace("_", " "))
+            if cut := counts["cut_tokens"] / counts["tokens"]:
+                echo(f"tokenize: {split:10} {cut:.1%} of the tokens cut: their paragraphs are longer than a block")
+            splits[split] |= describe_special_tokens(found, tokenizer, split)
         manifest = {
             "layout": tokenize.layout,
             "block_size": block_size,
@@ -77,11 +83,12 @@ def main(raw: Path, base: Path, out: Path) -> None:
             "vocabulary_size": tokenizer.get_vocab_size(),
             "end_of_text_id": end,
             "prefix": prefix,
+            "special_tokens": tokenize.special_tokens,
             "splits": splits,
             "source": read_json(raw / MANIFEST, "prepare").get("source") if (raw / MANIFEST).exists() else None,
             "files": digests(folder, "*.npy"),
             "base": digests(base),
-            "raw": digests(raw, "*.txt"),
+            "raw": split_digests(raw),
         }
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     environment.write_record(out, "tokenize", started)

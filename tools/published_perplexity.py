@@ -57,7 +57,7 @@ def main(base: Path | None, text: Path | None, published: tuple[float, ...], bat
 
 def fetch_test(preset: params.PresetParams) -> str:
     """Return the raw test split from the hub."""
-    rows = hub.fetch_dataset(preset.dataset, preset.dataset_config, preset.dataset_revision)["test"]
+    rows = hub.fetch_dataset(preset.dataset, preset.dataset_config, preset.dataset_revision, preset.text_column)["test"]
     return "".join(map(restore_line, rows))
 
 

@@ -127,7 +127,7 @@ def save_stream(parts: Iterable[Blocks], width: int, dtype: type, folder: Path, 
 
 def read_token_manifest(folder: Path, base: Path) -> dict:
     """Return the manifest of data/tokens after comparing the arrays, and the base model, with the digests it holds."""
-    manifest = read_verified_manifest(folder, "tokenize", "base", "raw", "block_size", "prefix")
+    manifest = read_verified_manifest(folder, "tokenize", "base", "raw", "block_size", "prefix", "special_tokens")
     require_file(base / "config.json", "base")
     verify_digests(base, manifest["base"], folder / MANIFEST, "base tokenize")
     return manifest

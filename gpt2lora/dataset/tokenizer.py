@@ -5,7 +5,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpt2lora.pipeline.artifacts import read_json, require_file
+from gpt2lora.dataset.special_tokens import Occurrences, control_tokens, make_control_letters, special_token
+from gpt2lora.pipeline.artifacts import require_file
 from gpt2lora.pipeline.cli import StageError
 
 if TYPE_CHECKING:
@@ -19,8 +20,15 @@ BATCH_CHARACTERS = 1_000_000
 PIECE_CHARACTERS = 100_000
 
 
-def load_tokenizer(base: Path) -> "Tokenizer":
-    """Load tokenizer.json, without truncation or padding; special tokens in a text are encoded as plain characters."""
+def load_tokenizer(base: Path, special_tokens: bool = False) -> "Tokenizer":
+    """Load tokenizer.json, without truncation or padding.
+
+    Tokens that were added to a tokenizer, such as <sep>, are encoded as these tokens. Control tokens in a text, such as
+    <|endoftext|>, are encoded as plain characters.
+
+    Args:
+        special_tokens: encode control tokens in a text as tokens, too.
+    """
     from tokenizers import Tokenizer
 
     file = require_file(base / "tokenizer.json", "base")
@@ -30,9 +38,10 @@ def load_tokenizer(base: Path) -> "Tokenizer":
         raise StageError(f"{file} is damaged: {error}: run `dvc repro --force base`") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    if special_tokens:
+        return tokenizer
     # The characters "<|endoftext|>" in a corpus are text; only `tokenize` puts the token between articles.
-    tokenizer.encode_special_tokens = True
-    return tokenizer
+    return make_control_letters(tokenizer, control_tokens(base, tokenizer, text_prefix(tokenizer)))
 
 
 def end_of_text_id(base: Path, config: dict, tokenizer: "Tokenizer") -> int:
@@ -44,15 +53,6 @@ def end_of_text_id(base: Path, config: dict, tokenizer: "Tokenizer") -> int:
     if not isinstance(end, int) or not 0 <= end < config["vocab_size"]:
         raise StageError(f"{base}: no end-of-text token: expected eos_token in tokenizer_config.json")
     return end
-
-
-def special_token(base: Path, name: str) -> str | None:
-    """Return the text of a special token of tokenizer_config.json, such as "bos_token", or None."""
-    settings = base / "tokenizer_config.json"
-    token = read_json(settings, "base").get(name) if settings.is_file() else None
-    if isinstance(token, dict):
-        token = token.get("content")
-    return token if isinstance(token, str) else None
 
 
 def text_prefix(tokenizer: "Tokenizer") -> list[int]:
@@ -67,31 +67,20 @@ def text_prefix(tokenizer: "Tokenizer") -> list[int]:
     return whole[: starts[-1]] if starts else []
 
 
-def read_lines(path: Path, max_length: int = -1) -> Iterator[str]:
-    """Yield the lines of a file without translating newlines; longer lines are split after `max_length` characters."""
-    from tqdm import tqdm
-
-    size = path.stat().st_size
-    with (
-        path.open(encoding="utf-8", newline="\n") as file,
-        tqdm(total=size, unit="B", unit_scale=True, desc=f"tokenize {path.stem}", leave=False) as bar,
-    ):
-        try:
-            while line := file.readline(max_length):
-                bar.update(file.buffer.tell() - bar.n)
-                yield line
-        except UnicodeDecodeError as error:
-            raise StageError(f"{path} is not UTF-8 ({error}): run `dvc repro --force prepare`") from error
-
-
 def encode_articles(
-    tokenizer: "Tokenizer", lines: Iterable[tuple[bool, str]], end: int, dtype: type, counts: dict[str, int]
+    tokenizer: "Tokenizer",
+    lines: Iterable[tuple[bool, str]],
+    end: int,
+    dtype: type,
+    counts: dict[str, int],
+    found: Occurrences | None = None,
 ) -> "Iterator[np.ndarray]":
     """Yield one stream of ids in pieces, (tokens,) each, with the end-of-text id between articles.
 
     Args:
         lines: lines, each with whether an article starts there.
         counts: "texts" and "tokens" are added to.
+        found: the special tokens in the text are added to it.
     """
     import numpy as np
 
@@ -102,7 +91,7 @@ def encode_articles(
             starts.append(is_start)
             yield text
 
-    for ids in encode_texts(tokenizer, texts(), dtype):
+    for ids in encode_texts(tokenizer, texts(), dtype, found):
         if starts.pop(0):
             if counts["texts"]:
                 yield np.array([end], dtype=dtype)
@@ -148,31 +137,44 @@ def encode_paragraphs(
     dtype: type,
     counts: dict[str, int],
     prefix: Sequence[int],
+    found: Occurrences | None = None,
 ) -> "Iterator[Blocks]":
     """Yield blocks of one paragraph each, between the prefix and the end-of-text id, 1,000 at a time.
 
     Args:
-        counts: "texts" and "tokens" are added to.
+        counts: "texts" and "tokens" are added to, and "cut_tokens", those that their block has no room for.
+        found: the special tokens in the text are added to it.
     """
     import numpy as np
 
     from gpt2lora.dataset import blocks
 
-    encoded = encode_texts(tokenizer, (text for line in lines for text in split_paragraphs(line)), dtype)
+    encoded = encode_texts(tokenizer, (text for line in lines for text in split_paragraphs(line)), dtype, found)
+    room = block_size + 1 - len(prefix)
     while texts := [np.append(ids, dtype(end)) for ids in itertools.islice(encoded, 1000)]:
         counts["texts"] += len(texts)
         counts["tokens"] += sum(map(len, texts))
+        counts["cut_tokens"] += sum(max(0, len(text) - room) for text in texts)
         yield blocks.pad_texts(texts, block_size, end, prefix)
 
 
-def encode_texts(tokenizer: "Tokenizer", texts: Iterable[str], dtype: type) -> "Iterator[np.ndarray]":
-    """Yield the ids of each text, (tokens,), encoding about BATCH_CHARACTERS at a time on all cores."""
+def encode_texts(
+    tokenizer: "Tokenizer", texts: Iterable[str], dtype: type, found: Occurrences | None = None
+) -> "Iterator[np.ndarray]":
+    """Yield the ids of each text, (tokens,), encoding about BATCH_CHARACTERS at a time on all cores.
+
+    Args:
+        found: the special tokens in the texts are added to it.
+    """
     import numpy as np
 
     texts = iter(texts)
     while batch := list(take_characters(texts, BATCH_CHARACTERS)):
-        for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
-            yield np.array(encoding.ids, dtype=dtype)
+        for text, encoding in zip(batch, tokenizer.encode_batch_fast(batch, add_special_tokens=False), strict=True):
+            ids = encoding.ids
+            if found:
+                found.add(text, ids)
+            yield np.array(ids, dtype=dtype)
 
 
 def take_characters(texts: Iterator[str], characters: int) -> Iterator[str]:

@@ -27,8 +27,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gpt2lora.dataset.blocks import Blocks, load_blocks
-from gpt2lora.dataset.tokenizer import encode_texts, load_tokenizer, special_token, split_paragraphs
-from gpt2lora.pipeline.artifacts import require_file
+from gpt2lora.dataset.documents import Text, find_split, read_split, whole_texts
+from gpt2lora.dataset.special_tokens import special_token
+from gpt2lora.dataset.tokenizer import encode_texts, load_tokenizer, split_paragraphs
 from gpt2lora.scoring.windows import Windows, block_windows, rolling_windows, sliding_windows, unpack_stream
 
 if TYPE_CHECKING:
@@ -71,16 +72,17 @@ class Task:
     bytes: int
 
 
-def build_task(protocol: str, stride: int, manifest: dict, text: str, tokens: Path, base: Path) -> Task:
+def build_task(protocol: str, stride: int, manifest: dict, text: Text, tokens: Path, base: Path) -> Task:
     """Return what a protocol scores.
 
     Args:
         protocol: "native", "hf" or "lm-eval". stride: tokens from one window to the next.
         manifest: of the folder `tokens`, data/tokens.
-        text: the test split.
+        text: the test split: a text of articles, or documents.
         base: the folder of the tokenizer.
     """
-    tokenizer, end, prefix = load_tokenizer(base), manifest["end_of_text_id"], manifest["prefix"]
+    tokenizer, end = load_tokenizer(base, manifest["special_tokens"]), manifest["end_of_text_id"]
+    prefix = manifest["prefix"]
     if protocol == "native":
         test = load_blocks(tokens, "test", prefix)
         if manifest["layout"] == "packed":
@@ -92,13 +94,13 @@ def build_task(protocol: str, stride: int, manifest: dict, text: str, tokens: Pa
     return lm_eval_task(text, tokenizer, end if bos is None else bos, manifest["block_size"])
 
 
-def packed_task(test: Blocks, text: str, stride: int, prefix: Sequence[int]) -> Task:
+def packed_task(test: Blocks, text: Text, stride: int, prefix: Sequence[int]) -> Task:
     """Score packed blocks as the stream that they were cut from. text: the test split, whose tokens `test` holds."""
     windows = sliding_windows([unpack_stream(test, prefix)], test.ids.shape[1] - 1, stride, prefix)
-    return Task(windows, len(text.split()), len(text.encode()))
+    return Task(windows, *count_text(text))
 
 
-def padded_task(test: Blocks, text: str, tokenizer: "Tokenizer", prefix: Sequence[int], end: int) -> Task:
+def padded_task(test: Blocks, text: Text, tokenizer: "Tokenizer", prefix: Sequence[int], end: int) -> Task:
     """Score padded blocks each by itself.
 
     A row without a prefix does not predict its first token. It is predicted from `end` here, since its word and its
@@ -113,11 +115,11 @@ def padded_task(test: Blocks, text: str, tokenizer: "Tokenizer", prefix: Sequenc
     else:
         rows = (ids[:length] for ids, length in zip(test.ids, test.lengths, strict=True))
         windows = rolling_windows([np.append(ids.dtype.type(end), ids) for ids in rows], width - 1)
-    kept = [paragraph_in_row(each, tokenizer, width - len(prefix)) for each in split_paragraphs(text)]
-    return Task(windows, sum(len(part.split()) for part in kept), sum(len(part.encode()) for part in kept))
+    paragraphs = [part for each in whole_texts(text) for part in split_paragraphs(each)]
+    return Task(windows, *count_text([paragraph_in_row(each, tokenizer, width - len(prefix)) for each in paragraphs]))
 
 
-def hf_task(text: str, tokenizer: "Tokenizer", context: int, stride: int, prefix: Sequence[int] = ()) -> Task:
+def hf_task(text: Text, tokenizer: "Tokenizer", context: int, stride: int, prefix: Sequence[int] = ()) -> Task:
     """Score the hub's rows joined by two newlines, in sliding windows.
 
     The documentation's loop reads the same windows but never uses the last logits of a window. Here they predict the
@@ -127,10 +129,10 @@ def hf_task(text: str, tokenizer: "Tokenizer", context: int, stride: int, prefix
     """
     (ids,) = encode_texts(tokenizer, ["\n\n".join(hub_rows(text))], np.uint32)
     ids = np.concatenate([np.array(prefix, np.uint32), ids])
-    return Task(sliding_windows([ids], context, stride), len(text.split()), len(text.encode()))
+    return Task(sliding_windows([ids], context, stride), *count_text(text))
 
 
-def lm_eval_task(text: str, tokenizer: "Tokenizer", first: int, context: int) -> Task:
+def lm_eval_task(text: Text, tokenizer: "Tokenizer", first: int, context: int) -> Task:
     """Score each page by itself in rolling windows; its first token is predicted from the id `first`."""
     pages = split_pages(text)
     encoded = encode_texts(tokenizer, [detokenize(page) for page in pages], np.uint32)
@@ -139,22 +141,35 @@ def lm_eval_task(text: str, tokenizer: "Tokenizer", first: int, context: int) ->
     return Task(rolling_windows(texts, context), words, sum(len(page.encode()) for page in pages))
 
 
+def count_text(text: Text) -> tuple[int, int]:
+    """Return the numbers of words and UTF-8 bytes."""
+    texts = whole_texts(text)
+    return sum(len(each.split()) for each in texts), sum(len(each.encode()) for each in texts)
+
+
 def paragraph_in_row(paragraph: str, tokenizer: "Tokenizer", width: int) -> str:
     """Return the part of a paragraph that a row of `width` ids holds."""
     encoding = tokenizer.encode(paragraph, add_special_tokens=False)
     return paragraph if len(encoding.ids) <= width else paragraph[: encoding.offsets[width - 1][1]]
 
 
-def hub_rows(text: str) -> list[str]:
-    """Return the rows of Salesforce/wikitext for a file of the original release: its lines, blank ones as ""."""
+def hub_rows(text: Text) -> list[str]:
+    """Return the rows of Salesforce/wikitext for a file of the original release: its lines, blank ones as "".
+
+    Documents are rows themselves.
+    """
+    if not isinstance(text, str):
+        return text
     return [line if line.strip() else "" for line in re.findall(r"[^\n]*\n|[^\n]+\Z", text)]
 
 
-def split_pages(text: str) -> list[str]:
+def split_pages(text: Text) -> list[str]:
     """Split a text into the pages of EleutherAI/wikitext_document_level, which also splits at formulas like a title.
 
-    The test split of WikiText-2 has 62 pages, two more than articles.
+    The test split of WikiText-2 has 62 pages, two more than articles. Documents are pages themselves.
     """
+    if not isinstance(text, str):
+        return text
     pages, page = [], []
     for line in text.split("\n"):
         flat = line.replace("= = =", "===").replace("= =", "==").strip()
@@ -172,6 +187,6 @@ def detokenize(page: str) -> str:
     return page
 
 
-def read_test_text(raw: Path) -> str:
-    """Return the test split without translating newlines."""
-    return require_file(raw / "test.txt", "prepare").read_bytes().decode("utf-8")
+def read_test_text(raw: Path) -> Text:
+    """Return the test split without translating newlines: a text of articles, or documents."""
+    return read_split(find_split(raw, "test"))

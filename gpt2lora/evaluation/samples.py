@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gpt2lora.dataset.articles import split_articles
+from gpt2lora.dataset.documents import Text, split_documents, whole_texts
 from gpt2lora.dataset.tokenizer import split_paragraphs
 
 if TYPE_CHECKING:
@@ -26,14 +26,14 @@ class Prompts:
     prefix: list[int]  # ids that the model reads before each prompt
 
 
-def choose_prompts(text: str, tokenizer: "Tokenizer", context: int, prefix: list[int]) -> Prompts:
+def choose_prompts(text: Text, tokenizer: "Tokenizer", context: int, prefix: list[int]) -> Prompts:
     """Return the beginnings of the first, the middle and the last article of the test split, all of the same length.
 
     Prefix, prompt and new tokens fit into `context` tokens. If the text has fewer articles, paragraphs are used.
     """
-    texts = split_articles(text)
+    texts = split_documents(text)
     if len(texts) < SAMPLES:
-        texts = split_paragraphs(text)
+        texts = [part for each in whole_texts(text) for part in split_paragraphs(each)]
     texts = texts[:: max(1, len(texts) // CANDIDATES)]
     context -= len(prefix)
     longest = max(1, min(PROMPT_TOKENS, context // 2))

@@ -1,4 +1,4 @@
-"""One clear line for what transformers, PEFT or PyTorch raise for a model that they, or bf16, do not support."""
+"""One clear line for what transformers or PEFT raise for a model that they do not support."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,8 +6,6 @@ from collections.abc import Iterator
 import torch
 from safetensors import SafetensorError
 
-from gpt2lora.model.head import base_network
-from gpt2lora.model.quantization import computing_in_fp32
 from gpt2lora.pipeline.cli import StageError
 
 COMPUTATION_ERRORS = (ValueError, TypeError, AttributeError, LookupError, RuntimeError, AssertionError, ImportError)
@@ -22,39 +20,6 @@ def library_errors(what: str, advice: str) -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         raise StageError(f"{what} ({type(error).__name__}: {first_line(error)}); {advice}") from error
-
-
-@contextlib.contextmanager
-def computation_errors(model: torch.nn.Module, dtype: torch.dtype, setting: str) -> Iterator[None]:
-    """Turn the errors of a model's forward or backward pass into one line, which tells whether fp32 helps.
-
-    Args:
-        setting: the key of params.yaml that chose `dtype`.
-    """
-    try:
-        yield
-    except COMPUTATION_ERRORS as error:
-        if is_out_of_memory(error):
-            raise
-        name, precision = type(base_network(model)).__name__, str(dtype).removeprefix("torch.")
-        line = f"{name} cannot be computed in {precision} ({type(error).__name__}: {first_line(error)})"
-        helps = dtype == torch.bfloat16 and can_compute_in_fp32(model)
-        advice = f"in fp32 it can: -S {setting}=fp32" if helps else "take another model, or another method"
-        raise StageError(f"{line}; {advice}") from error
-
-
-def can_compute_in_fp32(model: torch.nn.Module) -> bool:
-    """Tell whether a forward and a backward pass of a few tokens work in fp32. It changes the model's types."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.is_floating_point():
-            tensor.data = tensor.data.float()
-    ids = torch.arange(4, device=next(model.parameters()).device)[None]
-    try:
-        with torch.enable_grad(), computing_in_fp32(model):
-            model(input_ids=ids, use_cache=False).logits.sum().backward()
-    except COMPUTATION_ERRORS:
-        return False
-    return True
 
 
 def is_out_of_memory(error: Exception) -> bool:

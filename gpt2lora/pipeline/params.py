@@ -25,6 +25,7 @@ class PresetParams:
     dataset: str | None
     dataset_config: str | None
     dataset_revision: str | None
+    text_column: str | None
 
 
 def section(key: str, schema: type[Schema]) -> Schema:

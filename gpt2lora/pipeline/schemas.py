@@ -23,8 +23,9 @@ INITS = ("default", *FROM_BASE, "orthogonal", "loftq")
 class PrepareParams:
     """The section `prepare`."""
 
-    fraction: float  # share of each split's articles to keep
-    validation_share: float  # of a corpus in a single file
+    document_separator: str | None  # between the documents of a text; None: articles begin at titles
+    fraction: float  # share of each split's documents to keep
+    validation_share: float  # of a corpus without this split
     test_share: float
 
     def __post_init__(self):
@@ -34,6 +35,10 @@ class PrepareParams:
             params.require(0 < share < 1, f"prepare.{name}", share, "a number between 0 and 1")
         both = self.validation_share + self.test_share
         params.require(both < 1, "prepare.validation_share + test_share", both, "a sum below 1")
+        separator = self.document_separator
+        params.require(separator != "", "prepare.document_separator", separator, "a string, or null")
+        # Neither a shell nor `dvc exp run -S` makes a line end of these two letters.
+        self.document_separator = separator and separator.replace("\\n", "\n").replace("\\t", "\t")
 
 
 @dataclass
@@ -42,6 +47,7 @@ class TokenizeParams:
 
     block_size: int | None
     layout: str
+    special_tokens: bool
 
     def __post_init__(self):
         valid = self.block_size is None or self.block_size > 0

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from gpt2lora.dataset.blocks import Blocks
-from gpt2lora.model.errors import computation_errors
+from gpt2lora.model.computation_errors import computation_errors
 from gpt2lora.model.head import (
     OutputHead,
     autocast,
@@ -39,19 +39,34 @@ class TokenScores:
     ranks: np.ndarray  # (tokens,) int64, how many other tokens the model gives at least as much probability
 
 
-def validation_loss(model: torch.nn.Module, blocks: Blocks, batch_size: int, dtype: torch.dtype, label: str) -> float:
+class ScoringStopped(Exception):
+    """A signal ended the scoring before all tokens had a score."""
+
+
+def validation_loss(
+    model: torch.nn.Module,
+    blocks: Blocks,
+    batch_size: int,
+    dtype: torch.dtype,
+    label: str,
+    stops: Callable[[], bool] | None = None,
+) -> float:
     """Return the mean negative log-likelihood of all target tokens of a split, each row by itself, in nats.
 
     Args:
         batch_size: rows of a training batch. VALIDATION_ROWS times as many are read at once, at most BATCH_TOKENS.
         label: of the progress bar.
+        stops: tells before each batch whether to stop.
+
+    Raises:
+        ScoringStopped: `stops` returned true.
     """
     device = next(model.parameters()).device
     windows = block_windows(blocks)
     batch_size = min(VALIDATION_ROWS[device.type] * batch_size, max_windows(windows, device))
     # Without this, layers that were compiled for training would be compiled again for the shapes of a validation.
     with torch.compiler.set_stance("force_eager"):
-        (nll,) = score_tokens(model, windows, batch_size, dtype, label, (token_nll,))
+        (nll,) = score_tokens(model, windows, batch_size, dtype, label, (token_nll,), stops)
     return float(nll.mean(dtype=np.float64))
 
 
@@ -79,6 +94,7 @@ def score_tokens(
     dtype: torch.dtype,
     label: str,
     scores: tuple[Callable, ...],
+    stops: Callable[[], bool] | None = None,
 ) -> list[np.ndarray]:
     """Return for each function in `scores`, such as `token_nll`, its value for each scored token, (tokens,).
 
@@ -105,6 +121,9 @@ def score_tokens(
     values, done = torch.empty(len(scores), int(windows.counts.sum()), dtype=float_type, device=device), 0
     with _allow_tf32(device.type == "cuda" and dtype == torch.bfloat16):
         for batch in tqdm(batches, label, unit="batch", position=0, leave=False):
+            if stops and stops():
+                model.train(was_training)
+                raise ScoringStopped
             inputs, positions, targets = (to_device(array, device) for array in window_batch(windows, batch))
             with autocast(sample, dtype):
                 outputs = body_outputs(body, inputs)

@@ -17,7 +17,6 @@ from gpt2lora.sources import hub_download
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HOST = re.compile(r"[\w.:%-]+")
-SPLITS = ("train", "validation", "test")
 MODEL_FILES = (
     *("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -60,8 +59,10 @@ def fetch_config(repo_id: str, revision: str | None) -> Path:
     return _snapshot("model", repo_id, revision, ["config.json"], ["config.json"])
 
 
-def fetch_dataset(repo_id: str, config: str | None, revision: str | None) -> dict[str, Iterable[str]]:
-    """Return the unchanged rows of the column `text` of each split; iterating reads them from disk.
+def fetch_dataset(
+    repo_id: str, config: str | None, revision: str | None, column: str | None
+) -> dict[str, Iterable[str | None]]:
+    """Return the unchanged rows of a column of texts of each split; iterating reads them from disk.
 
     `load_dataset` gets the downloaded folder, never the repository's name: given a name it asks the hub even if
     everything is cached, and if the hub fails it silently returns whatever revision it cached last.
@@ -82,13 +83,12 @@ def fetch_dataset(repo_id: str, config: str | None, revision: str | None) -> dic
         splits = load_dataset(str(folder), config, data_files=files)
     except (DatasetsError, ValueError, FileNotFoundError) as error:
         raise StageError(f"{what}: {error.__cause__ or error}") from error
-    for name in SPLITS:
-        if name not in splits:
-            raise StageError(f"{what}: no split {name}, only {', '.join(splits)}")
-        columns = splits[name].features
-        if getattr(columns.get("text"), "dtype", None) not in ("string", "large_string"):
-            raise StageError(f"{what}: no column `text` of strings in split {name}, only {', '.join(columns)}")
-    return {name: splits[name]["text"] for name in SPLITS}
+    for name, rows in splits.items():
+        columns = rows.features
+        if getattr(columns.get(column), "dtype", None) not in ("string", "large_string"):
+            names = ", ".join(columns)
+            raise StageError(f"{what}: no column `{column}` of strings in split {name}, only {names}: set text_column")
+    return {name: rows[column] for name, rows in splits.items()}
 
 
 def _data_files(folder: Path, config: str | None) -> dict[str, list[str]] | None:

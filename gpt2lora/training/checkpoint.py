@@ -111,6 +111,8 @@ class Checkpoints:
         kept = f"checkpoint in {self.folder}: run the same command to resume"
         if not self.interval:
             kept = "no checkpoint, since train.checkpoint_every is 0"
+        elif not self.files():
+            kept = "nothing was trained yet"
         echo(f"train: stopped after step {step} of {steps}; {kept}")
         raise SystemExit(128 + self.caught[0])
 
@@ -162,7 +164,7 @@ def catch_signals() -> Iterator[list[int]]:
         caught.append(number)
         restore()
         # Not print, which must not be called again while the signal interrupts it.
-        os.write(2, b"\ntrain: stopping after this step; a second signal stops at once\n")
+        os.write(2, b"\ntrain: stopping after this step or batch; a second signal stops at once\n")
 
     before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

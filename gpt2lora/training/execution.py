@@ -21,7 +21,8 @@ import torch._functorch.config as autograd_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpt2lora.dataset.blocks import Blocks
-from gpt2lora.model.errors import computation_errors, first_line
+from gpt2lora.model.computation_errors import computation_errors
+from gpt2lora.model.errors import first_line
 from gpt2lora.model.head import body_and_head
 from gpt2lora.pipeline import params
 from gpt2lora.pipeline.cli import echo

@@ -13,17 +13,18 @@ import torch
 from tqdm import tqdm
 
 from gpt2lora.dataset.blocks import Blocks
+from gpt2lora.model.computation_errors import computation_errors
 from gpt2lora.model.device import compute_dtype
-from gpt2lora.model.errors import computation_errors
 from gpt2lora.model.head import check_head
 from gpt2lora.pipeline.cli import echo
 from gpt2lora.pipeline.schemas import TrainParams
-from gpt2lora.scoring.log_likelihood import validation_loss
+from gpt2lora.training import progress
 from gpt2lora.training.divergence import check_finite, check_gradient_norms
 from gpt2lora.training.execution import Backward, prepare_backward
 from gpt2lora.training.loss import make_batch
 from gpt2lora.training.optimizer import lr_at_step, make_optimizer, set_lr
 from gpt2lora.training.state import History, TrainState
+from gpt2lora.training.validation import first_state, stop_check, validate
 
 if TYPE_CHECKING:
     from gpt2lora.training.checkpoint import Checkpoints
@@ -56,16 +57,23 @@ def fit(
     set_base_dropout(model, options.base_dropout)
     rows_per_step = options.batch_size * options.accumulation_steps
     steps = options.epochs * math.ceil(len(train) / rows_per_step)
+    progress.echo_plan(train, validation, options, steps)
+    stops = stop_check(checkpoints)
     with computation_errors(model, dtype, "train.precision"):
         check_head(model, train.width)
-    state = resume_state(checkpoints, trained, optimizer, steps) or first_state(model, validation, options, dtype)
+    state = resume_state(checkpoints, trained, optimizer, steps)
+    state = state or first_state(model, validation, options, dtype, steps, checkpoints)
     model.train()
     backward = prepare_backward(model, train, options.batch_size, options.compile, steps, dtype)
+    batches = itertools.islice(shuffled_batches(len(train), rows_per_step, options.epochs, seed), state.step, None)
+    if state.unvalidated is not None:  # the run that stopped had not validated its last step
+        validate(model, validation, backward, state, steps, trained, options, dtype, stops)
+        batches = () if state.stopping else batches
+    time_left = progress.TimeLeft(state)
     state.start_clock()
-    batches = shuffled_batches(len(train), rows_per_step, options.epochs, seed)
 
     with tqdm(total=steps, initial=state.step, desc="train", unit="step", mininterval=0.5) as bar:
-        for rows in itertools.islice(batches, state.step, None):
+        for rows in batches:
             # Copy the losses before this step and read them after it is launched: so the device is never idle.
             losses = fetch_losses_async(state) if state.norms and state.step % LOG_INTERVAL == 0 else None
             lr = lr_at_step(state.step + 1, steps, options)
@@ -73,15 +81,16 @@ def fit(
             if losses:
                 log_progress(state, losses, bar)
             state.add_step(loss, norm, train.count_targets(rows))
+            time_left.after_step(state, steps, options.validations)
             bar.update()
             if is_validation_step(state.step, steps, options.validations):
                 log_progress(state, fetch_losses_async(state), bar)
                 state.stop_clock()
                 bar.clear()
-                loss = validate(model, validation, backward, state.step, options, dtype)
-                state.add_validation(loss, lr, norm, trained)
+                state.unvalidated = float(norm)
+                validate(model, validation, backward, state, steps, trained, options, dtype, stops)
                 state.start_clock()
-                if loss_file:
+                if loss_file and not state.stopping:
                     state.history.write_csv(loss_file)
             state.stopping = bool(checkpoints and checkpoints.caught)
             if checkpoints and checkpoints.is_due(state.step, state.stopping):
@@ -94,13 +103,6 @@ def fit(
     return state.history
 
 
-def first_state(model: torch.nn.Module, validation: Blocks, options: TrainParams, dtype: torch.dtype) -> TrainState:
-    """Return the state before the first step."""
-    with computation_errors(model, dtype, "train.precision"):
-        loss = validation_loss(model, validation, options.batch_size, dtype, "validation before training")
-    return TrainState(0, History([], loss, {"validation_loss": math.inf}, 0, 0.0), [], [], [])
-
-
 def resume_state(
     checkpoints: "Checkpoints | None", trained: list[torch.Tensor], optimizer: torch.optim.Optimizer, steps: int
 ) -> TrainState | None:
@@ -110,7 +112,9 @@ def resume_state(
         return None
     step, best_values, losses, record = found
     echo(f"train: resuming after step {step} of {steps} from {checkpoints.folder}")
-    return TrainState(step, History(**record["history"]), best_values, losses, record["counts"])
+    state = TrainState(step, History(**record["history"]), best_values, losses, record["counts"])
+    state.unvalidated = record["unvalidated"]
+    return state
 
 
 def train_step(
@@ -186,21 +190,6 @@ def is_validation_step(step: int, steps: int, validations: int) -> bool:
     return step * validations // steps > (step - 1) * validations // steps
 
 
-def validate(
-    model: torch.nn.Module,
-    validation: Blocks,
-    backward: Backward,
-    step: int,
-    options: TrainParams,
-    dtype: torch.dtype,
-) -> float:
-    """Return the validation loss after a step, in nats/token; stop if it is not finite."""
-    with backward.share_memory():
-        loss = validation_loss(model, validation, options.batch_size, dtype, f"validation at step {step}")
-    check_finite([loss], step, "validation loss")
-    return loss
-
-
 def save_checkpoint(
     checkpoints: "Checkpoints",
     state: TrainState,
@@ -212,7 +201,7 @@ def save_checkpoint(
     if state.norms:
         log_progress(state, fetch_losses_async(state), bar)
     state.stop_clock()
-    record = {"counts": state.counts, "history": asdict(state.history)}
+    record = {"counts": state.counts, "history": asdict(state.history), "unvalidated": state.unvalidated}
     checkpoints.write(state.step, trained, optimizer, state.best_values, state.losses, record)
 
 

@@ -42,6 +42,8 @@ class TrainState:
     lowest_norm: float = math.inf  # lowest usual norm of the gradient
     clock: float = 0.0  # time.perf_counter() up to which history.seconds counts
     stopping: bool = False  # a signal asked to stop
+    unvalidated: float | None = None  # norm of the last step's gradient, while its validation is not done
+    validation_seconds: float | None = None  # of the validation before training, if this process did it
 
     def add_step(self, loss: torch.Tensor, norm: torch.Tensor, tokens: int) -> None:
         """Add a step: its summed loss in nats, the norm of its gradient before clipping, and its target tokens."""
@@ -51,7 +53,7 @@ class TrainState:
         self.counts.append(tokens)
         self.history.tokens += tokens
 
-    def add_validation(self, loss: float, lr: float, norm: torch.Tensor, trained: list[torch.Tensor]) -> None:
+    def add_validation(self, loss: float, lr: float, norm: float, trained: list[torch.Tensor]) -> None:
         """Add a row to the history; copy the trained parameters if their loss, in nats/token, is the lowest so far."""
         row = {
             "step": self.step,
@@ -59,7 +61,7 @@ class TrainState:
             "train_loss": sum(torch.stack(self.losses).tolist()) / sum(self.counts),  # mean since the row before
             "validation_loss": loss,
             "learning_rate": lr,
-            "gradient_norm": float(norm),  # of the last step, before clipping
+            "gradient_norm": norm,  # of the last step, before clipping
         }
         self.history.rows.append(row)
         if loss < self.history.best["validation_loss"]:

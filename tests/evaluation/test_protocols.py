@@ -1,11 +1,12 @@
 """Evaluation protocols: the tokens that each scores, and the words and bytes that it counts."""
 
-import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 from tiny import END
 from training_runs import run_stage
 from wikitext import GPT2_TOKENIZER, WIKITEXT2_RAW, needs_raw, needs_tokenizer
@@ -161,8 +162,9 @@ def tokenize_text(tmp_path, tiny_model, text: str, layout: str, block_size: int)
     (tmp_path / "raw").mkdir()
     for split in blocks.SPLITS:
         (tmp_path / f"raw/{split}.txt").write_bytes(text.encode())
-    params = {"tokenize": {"block_size": block_size, "layout": layout}}
-    (tmp_path / "params.yaml").write_text(json.dumps(params))
+    shutil.copyfile(tiny.ROOT / "params.yaml", tmp_path / "params.yaml")
+    for key, value in {"block_size": block_size, "layout": layout}.items():
+        tiny.set_param(tmp_path, f"tokenize.{key}", value)
     run_stage(tokenize.main, "--raw", "raw", "--base", tiny_model, "--out", "tokens")
     return blocks.load_blocks(tmp_path / "tokens", "test", ())
 

@@ -36,7 +36,8 @@ def main():
     if kind == "model":
         print(json.dumps(str(hub.fetch_model(repo, revision))))
     else:
-        print(json.dumps({name: list(rows) for name, rows in hub.fetch_dataset(repo, config, revision).items()}))
+        splits = hub.fetch_dataset(repo, config, revision, "text")
+        print(json.dumps({name: list(rows) for name, rows in splits.items()}))
     assert "torch" not in sys.modules
 
 main(args=[])

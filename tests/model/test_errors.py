@@ -7,6 +7,7 @@ from small_models import NF4, load, new_adapter
 from training_steps import make_rows
 
 from gpt2lora.model import errors, loading
+from gpt2lora.model.computation_errors import computation_errors
 from gpt2lora.pipeline.cli import StageError
 from gpt2lora.training import loop
 
@@ -50,7 +51,7 @@ def test_a_model_that_fails_in_every_precision_gets_no_such_advice(tiny_model, p
 def test_too_little_memory_is_told_elsewhere(tiny_model, error):
     for context in (
         errors.library_errors("what", "advice"),
-        errors.computation_errors(load(tiny_model), torch.bfloat16, "train.precision"),
+        computation_errors(load(tiny_model), torch.bfloat16, "train.precision"),
     ):
         with pytest.raises(type(error)) as caught, context:
             raise error

@@ -264,9 +264,9 @@ def test_any_text_is_tokenized_correctly_or_refused(fast_stages, tiny_model, tex
     assert single_file or all(map(is_usable, texts))
     raw = {split: Path("data/raw", f"{split}.txt").read_bytes() for split in blocks.SPLITS}
     if single_file:
-        assert sorted(b"".join(raw.values())) == sorted(b"".join(texts))
+        assert sorted(b"".join(raw.values())) == sorted(normalized(b"".join(texts)).encode())
     else:
-        assert tuple(raw.values()) == texts
+        assert [text.decode() for text in raw.values()] == list(map(normalized, texts))
 
     if line := error_of(CliRunner().invoke(tokenize.main, ["--base", str(tiny_model)])):
         assert "split is empty" in line
@@ -286,10 +286,15 @@ def test_any_text_is_tokenized_correctly_or_refused(fast_stages, tiny_model, tex
                 assert length > block_size or decoded == paragraph
 
 
+def normalized(text: bytes) -> str:
+    """Return a text with LF as its only line end, and without a byte order mark."""
+    return text.decode().removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+
+
 def is_usable(text: bytes) -> bool:
     """Tell whether a text is UTF-8 and holds more than white space."""
     try:
-        return bool(text.decode().strip())
+        return bool(normalized(text).strip())
     except UnicodeDecodeError:
         return False
 

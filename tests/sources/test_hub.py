@@ -19,11 +19,13 @@ from hub_fetch import (
     SPLITS,
     UNKNOWN_COMMIT,
     fetch,
+    write_dataset,
 )
 from hub_server import Fault, Hub, closed_port
 from wikitext import ARTICLES, RAW_TEST_DIGEST, WIKITEXT2_RAW, needs_raw
 
 from gpt2lora.dataset.articles import split_articles
+from gpt2lora.dataset.documents import read_split
 from gpt2lora.sources.hub import restore_line
 
 # What is fetched
@@ -60,6 +62,23 @@ def test_base_and_prepare_write_what_the_hub_serves(hub, home, project, repos, t
     for split, rows in SPLITS.items():
         text = (project / f"data/raw/{split}.txt").read_bytes().decode()
         assert text == "".join(row or " \n" for row in rows)
+
+
+@pytest.mark.slow
+def test_rows_of_another_column_are_documents_and_missing_splits_cut(hub, home, project, repos):
+    tiny.set_param(project, "preset", "gpt2")
+    texts = [f"A document,\n\nnumber {number}\r\n" for number in range(10)]
+    repos["datasets/tiny/documents"] = {COMMIT: write_dataset(home.parent / "documents", {"train": texts}, "body")}
+    for key, value in {"dataset": "tiny/documents", "dataset_config": "small", "dataset_revision": COMMIT}.items():
+        tiny.set_param(project, f"presets.gpt2.{key}", value)
+    command = [sys.executable, "-m", "stages.prepare"]
+    line = tiny.run(project, *command, HF_ENDPOINT=hub.url, HF_HOME=str(home), fails=True).splitlines()[-1]
+    assert line.endswith("no column `text` of strings in split train, only body: set text_column")
+    tiny.set_param(project, "presets.gpt2.text_column", "body")
+    output = tiny.run(project, *command, HF_ENDPOINT=hub.url, HF_HOME=str(home))
+    assert "cut validation and test from train, by documents at random: train 8, validation 1, test 1" in output
+    files = [project / f"data/raw/{split}.jsonl" for split in ("train", "validation", "test")]
+    assert sorted(text for file in files for text in read_split(file)) == texts
 
 
 def test_hub_rows_are_restored_to_lines_of_the_release():
@@ -194,6 +213,6 @@ def test_pickled_weights_are_refused(hub, home):
 
 
 def test_a_dataset_of_another_form_is_refused(hub, home):
-    assert "no split validation, only train, test" in fetch("dataset", hub.url, home, repo="tiny/two-splits").error
+    assert fetch("dataset", hub.url, home, repo="tiny/two-splits").result.keys() == {"train", "test"}
     assert "only sentence" in fetch("dataset", hub.url, home, repo="tiny/columns").error
     assert "expected one of large, small" in fetch("dataset", hub.url, home, config="smal").error

@@ -123,7 +123,7 @@ def fake_hub(monkeypatch, tiny_model, tiny_corpus) -> None:
     rows = {split: (tiny_corpus / f"{name}.txt").read_text().splitlines() for split, name in splits.items()}
     monkeypatch.setattr(hub, "fetch_config", lambda name, revision: tiny_model)
     monkeypatch.setattr(hub, "fetch_model", lambda name, revision: tiny_model)
-    monkeypatch.setattr(hub, "fetch_dataset", lambda name, config, revision: rows)
+    monkeypatch.setattr(hub, "fetch_dataset", lambda name, config, revision, column: rows)
 
 
 # Runs of each stage that together read all of its parameters.

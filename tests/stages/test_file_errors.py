@@ -81,8 +81,8 @@ def test_an_output_path_below_a_file_is_reported(stage_folder, inputs):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS])
 def test_an_output_that_cannot_be_written_is_reported(stage_folder, monkeypatch, number):
-    def fail(path, data):
+    def fail(path, *_, **__):
         raise OSError(number, os.strerror(number), str(path))
 
-    monkeypatch.setattr(Path, "write_bytes", fail)
+    monkeypatch.setattr(Path, "write_text", fail)
     assert os.strerror(number) in error_line(prepare.main)

@@ -14,6 +14,7 @@ MAY_IMPORT = {
     "sources": {"pipeline"},
     "sample": {"pipeline"},
     "dataset": {"pipeline"},
+    "corpus": {"dataset", "sources", "pipeline"},
     "model": {"dataset", "sources", "sample", "pipeline"},
     "scoring": {"model", "dataset", "sources", "sample", "pipeline"},
     "training": {"scoring", "model", "dataset", "sources", "sample", "pipeline"},

@@ -1,18 +1,16 @@
 """The stage prepare: how a corpus is split, and how much of it is kept; on the real WikiText-2 where it is at hand."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
 import tiny
-from hypothesis import given
-from hypothesis import strategies as st
 from local_preset import make_article, write_params
 from training_runs import run_stage
 from wikitext import ARTICLES, DIGESTS, WIKITEXT2, needs_wikitext2
 
 from gpt2lora.dataset import articles, blocks
-from gpt2lora.pipeline.cli import StageError
 from stages import prepare
 
 
@@ -26,19 +24,24 @@ def folder(tmp_path, tiny_corpus, monkeypatch) -> Path:
 # A corpus in one file
 
 
-@given(st.integers(3, 60), st.floats(0.01, 0.98), st.floats(0.01, 0.98))
-def test_a_partition_has_three_nonempty_parts_that_make_the_list(count, validation_share, test_share):
-    parts = prepare.partition(list(range(count)), validation_share, test_share)
-    assert list(parts) == ["train", "validation", "test"]
-    assert all(parts.values())
-    assert [item for part in parts.values() for item in part] == list(range(count))
+def run_prepare(folder: Path, **settings) -> dict[str, str]:
+    """Run prepare with some values of params.yaml; return the text of each split."""
+    for key, value in settings.items():
+        tiny.set_param(folder, key.replace("__", "."), value)
+    run_stage(prepare.main, "--out", "raw")
+    return {split: (folder / f"raw/{split}.txt").read_bytes().decode() for split in blocks.SPLITS}
 
 
-def test_a_single_file_is_split_by_articles_in_the_given_shares(tmp_path):
+def split_file(folder: Path, text: str, **settings) -> dict[str, str]:
+    """Run prepare on a single file."""
+    (folder / "corpus.txt").write_bytes(text.encode())
+    return run_prepare(folder, presets__local__dataset="corpus.txt", **settings)
+
+
+def test_a_single_file_is_split_by_articles_in_the_given_shares(folder):
     pieces = [make_article(number) for number in range(40)]
-    (tmp_path / "corpus.txt").write_text("".join(pieces))
-    splits = prepare.split_text(tmp_path / "corpus.txt", 0.1, 0.2, seed=0)
-    parts = {split: articles.split_articles(text) for split, text in splits.items()}
+    written = split_file(folder, "".join(pieces), prepare__test_share=0.2)
+    parts = {split: articles.split_articles(text) for split, text in written.items()}
     assert {split: len(part) for split, part in parts.items()} == {"train": 28, "validation": 4, "test": 8}
     # The blank line before a title belongs to the article before it. So the articles are compared without blank lines.
     titles = [piece.strip() for part in parts.values() for piece in part]
@@ -46,43 +49,50 @@ def test_a_single_file_is_split_by_articles_in_the_given_shares(tmp_path):
     assert all(part == sorted(part, key=lambda piece: int(piece.split()[2])) for part in parts.values())
 
 
-def test_the_seed_determines_the_splits(tmp_path):
-    file = tmp_path / "corpus.txt"
-    file.write_text("".join(map(make_article, range(40))))
-    assert prepare.split_text(file, 0.1, 0.1, seed=1) == prepare.split_text(file, 0.1, 0.1, seed=1)
-    assert prepare.split_text(file, 0.1, 0.1, seed=1) != prepare.split_text(file, 0.1, 0.1, seed=2)
+def test_the_seed_determines_the_splits(folder):
+    text = "".join(map(make_article, range(40)))
+    assert split_file(folder, text, seed=1) == split_file(folder, text, seed=1)
+    assert split_file(folder, text, seed=1) != split_file(folder, text, seed=2)
 
 
-def test_a_file_without_articles_is_split_by_lines_in_order(tmp_path):
-    text = "".join(f"line {number}\r\n" for number in range(20))
-    (tmp_path / "corpus.txt").write_bytes(text.encode())
-    splits = prepare.split_text(tmp_path / "corpus.txt", 0.1, 0.1, seed=0)
-    assert "".join(splits[split] for split in ("train", "validation", "test")) == text
-    assert splits["test"] == "line 18\r\nline 19\r\n"
+def test_a_file_without_articles_is_split_by_lines_in_order(folder):
+    text = "".join(f"line {number}\n" for number in range(20))
+    written = split_file(folder, text)
+    assert "".join(written.values()) == text
+    assert written["test"] == "line 18\nline 19\n"
 
 
-def test_a_text_too_short_to_split_is_refused(tmp_path):
-    (tmp_path / "corpus.txt").write_text("one\ntwo\n")
-    with pytest.raises(StageError, match="2 lines: expected at least three"):
-        prepare.split_text(tmp_path / "corpus.txt", 0.1, 0.1, seed=0)
-
-
-# A fraction of a corpus
+def test_line_ends_of_windows_give_the_same_splits(folder):
+    text = "".join(map(make_article, range(20)))
+    expected = split_file(folder, text)
+    assert split_file(folder, text.replace("\n", "\r\n")) == expected
+    changes = json.loads(Path("raw/manifest.json").read_text())["changes"]
+    assert changes == {"train": {"line_ends": text.count("\n")}}
+    assert split_file(folder, "\ufeff" + text.replace("\n", "\r")) == expected
 
 
 @pytest.mark.parametrize(("fraction", "count"), [(0.5, 10), (0.25, 5), (0.001, 1)])
-def test_a_fraction_keeps_complete_articles_in_their_order(fraction, count):
+def test_a_fraction_keeps_complete_articles_in_their_order(folder, fraction, count):
+    (folder / "corpus").mkdir()
+    for split in ("train", "valid", "test"):
+        (folder / f"corpus/{split}.txt").write_text("".join(map(make_article, range(20))))
     pieces = articles.split_articles("".join(map(make_article, range(20))))
-    kept = prepare.take_fraction("".join(pieces), fraction, seed=0)
-    kept_pieces = [piece for piece in pieces if piece in kept]
-    assert len(kept_pieces) == count
-    assert "".join(kept_pieces) == kept
-    assert prepare.take_fraction("".join(pieces), fraction, seed=0) == kept
+    for text in run_prepare(folder, presets__local__dataset="corpus", prepare__fraction=fraction).values():
+        kept = [piece for piece in pieces if piece in text]
+        assert len(kept) == count
+        assert "".join(kept) == text
+    facts = json.loads(Path("raw/manifest.json").read_text())["fraction"]["test"]
+    assert facts == {"unit": "articles", "kept": count, "of": 20}
 
 
-def test_a_fraction_of_one_keeps_every_byte():
-    text = "\n\n = A = \n no article \n"
-    assert prepare.take_fraction(text, 1.0, seed=0) == text
+def test_a_fraction_of_a_plain_text_keeps_paragraphs(folder):
+    (folder / "corpus").mkdir()
+    paragraphs = [f"Paragraph {number}\ngoes on.\n\n" for number in range(20)]
+    for split in ("train", "valid", "test"):
+        (folder / f"corpus/{split}.txt").write_text("".join(paragraphs))
+    for text in run_prepare(folder, presets__local__dataset="corpus", prepare__fraction=0.1).values():
+        assert "".join(each for each in paragraphs if each in text) == text
+        assert text.count("Paragraph") == 2
 
 
 # A corpus in a folder
@@ -93,14 +103,14 @@ def test_the_validation_split_may_have_any_usual_name(folder, name):
     corpus = folder / "corpus"
     corpus.mkdir()
     for split in ("train", name, "test"):
-        (corpus / f"{split}.txt").write_bytes(f"{split}\r\n \n".encode())
+        (corpus / f"{split}.txt").write_bytes(f"{split}\n \n".encode())
     tiny.set_param(folder, "presets.local.dataset", "corpus")
     run_stage(prepare.main, "--out", "raw")
     written = {file.name: file.read_bytes() for file in Path("raw").glob("*.txt")}
     assert written == {
-        "train.txt": b"train\r\n \n",
-        "validation.txt": f"{name}\r\n \n".encode(),
-        "test.txt": b"test\r\n \n",
+        "train.txt": b"train\n \n",
+        "validation.txt": f"{name}\n \n".encode(),
+        "test.txt": b"test\n \n",
     }
 
 

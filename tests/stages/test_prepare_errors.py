@@ -21,11 +21,40 @@ def test_a_single_file_that_is_not_utf8_is_reported(stage_folder):
     assert error_line(prepare.main).startswith("corpus.txt: not UTF-8 at byte 2: ")
 
 
-@pytest.mark.parametrize("name", ["train", "valid", "test"])
-def test_a_missing_split_is_reported(stage_folder, name):
-    (stage_folder / "corpus" / f"{name}.txt").unlink()
-    expected = "validation.txt or valid.txt or dev.txt" if name == "valid" else f"{name}.txt"
-    assert error_line(prepare.main).startswith(f"corpus: no {expected}: expected train.txt, ")
+def test_a_folder_without_train_is_reported(stage_folder):
+    (stage_folder / "corpus" / "train.txt").unlink()
+    assert error_line(prepare.main).startswith("corpus: no train.txt among test.txt, valid.txt: expected train.txt, ")
+
+
+def test_two_files_of_one_split_are_reported(stage_folder):
+    (stage_folder / "corpus" / "dev.txt").write_text("text")
+    assert error_line(prepare.main).startswith("corpus: dev.txt, valid.txt: expected one file for a split")
+
+
+@pytest.mark.parametrize(("text", "count"), [("one\ntwo\n", 2), ("", 0)])
+def test_a_text_too_short_to_split_is_refused(stage_folder, text, count):
+    (stage_folder / "corpus.txt").write_text(text)
+    tiny.set_param(stage_folder, "presets.local.dataset", "corpus.txt")
+    assert error_line(prepare.main) == (
+        f"corpus.txt: {count} lines: expected at least three articles or three lines to split; "
+        "prepare.document_separator divides a text otherwise"
+    )
+
+
+def test_a_separator_that_does_not_occur_is_refused(stage_folder):
+    tiny.set_param(stage_folder, "prepare.document_separator", "<sep>")
+    assert error_line(prepare.main) == (
+        "params.yaml: prepare.document_separator: expected a string that stands in corpus, or null, not '<sep>'"
+    )
+
+
+@pytest.mark.parametrize("preset", ["sample", "local"])
+def test_a_separator_for_documents_of_their_own_is_refused(stage_folder, preset):
+    tiny.set_param(stage_folder, "preset", preset)
+    (stage_folder / "rows.jsonl").write_text('{"text": "a"}\n')
+    tiny.set_param(stage_folder, "presets.local.dataset", "rows.jsonl")
+    tiny.set_param(stage_folder, "prepare.document_separator", "<sep>")
+    assert "has documents of its own, not '<sep>'" in error_line(prepare.main)
 
 
 @pytest.mark.parametrize("text", ["", " \n\n \n"], ids=["no bytes", "white space"])

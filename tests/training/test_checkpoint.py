@@ -112,7 +112,16 @@ def test_a_signal_after_a_step_stops_at_the_next_step(training_folder, monkeypat
 
 
 def test_a_signal_after_the_last_step_lets_the_run_finish(training_folder, stop_training, monkeypatch):
-    stop_training(16)
+    validate = loop.validate
+
+    def validate_and_signal(model, validation, backward, state, *others):
+        validate(model, validation, backward, state, *others)
+        if state.step == 16:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "validate", validate_and_signal)
+        run_stage(train.main, code=128 + signal.SIGTERM)
     resume = checkpoint.Checkpoints.resume
 
     def signal_and_resume(self, *others):

@@ -1,0 +1,1 @@
+"""From a user's files and the hub's rows to the three splits."""

@@ -1,0 +1,101 @@
+"""Special tokens in a text: which are tokens there, which are letters, and how often each occurs.
+
+Control tokens, such as <|endoftext|>, begin, end or pad a text, or stand for what is unknown. In a corpus their letters
+are text, since only `tokenize` knows where a text ends. All other special tokens are content: <sep>, added by a user,
+or the marks of a chat's turns.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gpt2lora.pipeline.artifacts import read_json
+from gpt2lora.pipeline.cli import echo
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+CONTROL_ROLES = ("bos", "eos", "unk", "pad")
+
+
+@dataclass
+class Occurrences:
+    """How often special tokens occur in a text: as tokens, by id, and as letters, by their text."""
+
+    tokens: dict[int, int]
+    letters: dict[str, int]
+
+    def add(self, text: str, ids: list[int]) -> None:
+        """Count those in a text and its ids."""
+        if not self.tokens.keys().isdisjoint(ids):
+            for id in ids:
+                if id in self.tokens:
+                    self.tokens[id] += 1
+        for token in self.letters:
+            self.letters[token] += text.count(token)
+
+
+def special_token(base: Path, name: str) -> str | None:
+    """Return the text of a special token of tokenizer_config.json, such as "bos_token", or None."""
+    settings = base / "tokenizer_config.json"
+    token = read_json(settings, "base").get(name) if settings.is_file() else None
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def control_tokens(base: Path, tokenizer: "Tokenizer", prefix: Iterable[int]) -> set[str]:
+    """Return the texts of the control tokens. prefix: ids that the tokenizer puts before every text."""
+    named = {special_token(base, f"{role}_token") for role in CONTROL_ROLES}
+    config = read_json(base / "config.json", "base") if (base / "config.json").is_file() else {}
+    ids = [*prefix]
+    for role in CONTROL_ROLES:
+        found = config.get(f"{role}_token_id")
+        ids += found if isinstance(found, list) else [found]
+    named |= {tokenizer.id_to_token(id) for id in ids if type(id) is int and id >= 0}
+    return {token for token in named if token}
+
+
+def make_control_letters(tokenizer: "Tokenizer", control: set[str]) -> "Tokenizer":
+    """Return the tokenizer, for which control tokens in a text are letters, and its other added tokens are tokens."""
+    from tokenizers import Tokenizer
+
+    added = tokenizer.get_added_tokens_decoder().values()
+    if any(token.special != (token.content in control) for token in added):
+        # `encode_special_tokens` holds for all special tokens. So only the control tokens may be special.
+        settings = json.loads(tokenizer.to_str())
+        for token in settings["added_tokens"]:
+            token["special"] = token["content"] in control
+        tokenizer = Tokenizer.from_str(json.dumps(settings))
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def watch_special_tokens(base: Path, tokenizer: "Tokenizer") -> Occurrences:
+    """Return counts of zero for the special tokens of tokenizer.json. tokenizer: as `load_tokenizer` returns it."""
+    added = read_json(base / "tokenizer.json", "base").get("added_tokens") or []
+    special = {token["content"]: token["id"] for token in added if token.get("special")}
+    now = tokenizer.get_added_tokens_decoder()
+    letters = [token for token, id in special.items() if tokenizer.encode_special_tokens and now[id].special]
+    return Occurrences({id: 0 for token, id in special.items() if token not in letters}, dict.fromkeys(letters, 0))
+
+
+def describe_special_tokens(found: Occurrences, tokenizer: "Tokenizer", split: str) -> dict[str, dict[str, int]]:
+    """Print which special tokens occur in a split, as tokens and as letters; return it for the manifest."""
+    counts = {tokenizer.id_to_token(id): count for id, count in found.tokens.items() if count}
+    letters = {token: count for token, count in found.letters.items() if count}
+    if counts:
+        echo(f"tokenize: {split:10} special tokens in the text: {list_counts(counts)}")
+    if letters:
+        echo(
+            f"tokenize: {split:10} encoded as letters: {list_counts(letters)}: if they separate documents, set "
+            "prepare.document_separator; tokenize.special_tokens: true makes them tokens"
+        )
+    named = {"special_tokens": counts, "control_tokens_as_letters": letters}
+    return {name: values for name, values in named.items() if values}
+
+
+def list_counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} times {token}" for token, count in counts.items())

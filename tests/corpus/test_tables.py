@@ -1,0 +1,120 @@
+"""Tables: every kind gives the same documents, and what cannot be read is one line."""
+
+import csv
+import gzip
+import json
+from pathlib import Path
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from gpt2lora.corpus import user_files
+from gpt2lora.corpus.tables import read_tables
+from gpt2lora.dataset import documents
+from gpt2lora.pipeline.cli import StageError
+
+# Words and numbers that readers of tables turn into something else, and characters that end lines somewhere.
+TEXTS = ["NA", "null", "123", "True", "2024-01-01", '"a", b', "one\r\ntwo\n\n = x = \n", "\u2028 é 😀 \t|", None, " "]
+EXPECTED = [text.replace("\r\n", "\n") for text in TEXTS[:-2]]
+
+
+def write_csv(file: Path, delimiter: str = ",") -> None:
+    with file.open("w", newline="") as out:
+        table = csv.writer(out, delimiter=delimiter)
+        table.writerow(["id", "text"])
+        table.writerows([number, text] for number, text in enumerate(TEXTS))
+
+
+ROWS = [{"id": number, "text": text} for number, text in enumerate(TEXTS)]
+WRITERS = {
+    "jsonl": lambda file: file.write_text("".join(json.dumps(row) + "\n" for row in ROWS)),
+    "json": lambda file: file.write_text(json.dumps(ROWS, indent=1)),
+    "csv": write_csv,
+    "tsv": lambda file: write_csv(file, "\t"),
+    "parquet": lambda file: pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), file, row_group_size=3),
+}
+
+
+def read_all(source: Path, folder: Path, column: str = "text") -> dict[str, list[str]]:
+    folder.mkdir()
+    user_files.write_splits(source, column, None, folder)
+    return {path.stem: documents.read_split(path) for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_every_kind_of_table_gives_its_texts_as_documents(tmp_path, suffix, compressed):
+    file = tmp_path / f"a [1].{suffix}"
+    WRITERS[suffix](file)
+    if compressed and suffix != "parquet":
+        file, plain = tmp_path / f"a.{suffix.upper()}.gz", file
+        file.write_bytes(gzip.compress(plain.read_bytes()))
+    assert read_all(file, tmp_path / "out") == {"train": EXPECTED}
+
+
+def test_what_was_left_out_and_normalized_is_counted(tmp_path):
+    WRITERS["csv"](tmp_path / "a.csv")
+    assert user_files.write_splits(tmp_path / "a.csv", "text", None, tmp_path) == {
+        "train": {"blank_documents": 2, "line_ends": 1}
+    }
+
+
+def test_a_folder_of_tables_has_splits_by_name_and_shards(tmp_path):
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "dev"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": name}))
+    (tmp_path / "notes.csv").write_text("ignored")
+    assert read_all(tmp_path, tmp_path / "out") == {
+        "train": ["train-00000-of-00002", "train-00001-of-00002"],
+        "validation": ["dev"],
+    }
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_folder_of_save_to_disk_is_read(tmp_path, named):
+    table = datasets.Dataset.from_dict({"body": TEXTS})
+    saved = datasets.DatasetDict(train=table, valid=table, other=table) if named else table
+    saved.save_to_disk(tmp_path / "saved")
+    expected = {"train": EXPECTED, "validation": EXPECTED} if named else {"train": EXPECTED}
+    assert read_all(tmp_path / "saved", tmp_path / "out", "body") == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "line"),
+    [
+        ("a.jsonl", b'{"content": "a", "id": 1}', "no column 'text', only content, id: set text_column"),
+        ("a.csv", b"1,hello\n2,you\n", "no column 'text', only 1, hello: set text_column"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "b"\n', "not readable as JSONL: JSON parse error"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": 1}\n', "not readable as JSONL: .*from string to number"),
+        ("a.jsonl", b'{"text": ["a"]}', "row 1: expected a string in column 'text', not list"),
+        ("a.json", b'{"data": [{"text": "a"}]}', "no column 'text', only data"),
+        ("a.csv", b'text,id\na,1\nb,2,3\n', "not readable as CSV: .*Expected 2 fields in line 3, saw 3"),
+        ("a.csv", "text\nnaïve\n".encode("latin-1"), "not readable as CSV: 'utf-8'.*; convert the file to UTF-8"),
+        ("a.jsonl", b"", "is empty: expected rows with a column 'text'"),
+        ("a.parquet", b"no table", "not readable as PARQUET: "),
+        ("a.parquet.gz", b"x", "Parquet is compressed inside: expected the file without .gz"),
+        ("a.jsonl.gz", b"x", "not readable as JSONL: Not a gzipped file"),
+    ],
+)  # fmt: skip
+def test_a_table_that_cannot_be_read_is_one_line(tmp_path, name, data, line):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(StageError, match=f"{name}: {line}"):
+        list(read_tables([tmp_path / name], "text"))
+
+
+def test_a_damaged_folder_of_save_to_disk_is_named(tmp_path):
+    (tmp_path / "state.json").write_text("{}")
+    with pytest.raises(StageError, match="damaged: expected a folder written by save_to_disk"):
+        read_all(tmp_path, tmp_path / "out")
+
+
+def test_rows_of_the_hub_are_documents_unless_they_are_lines_of_wikitext(tmp_path):
+    lines = ["", " = River = \n", "", " The river \n"]
+    assert user_files.are_lines(lines)
+    assert not user_files.are_lines(["one \n", "two \n"])
+    assert not user_files.are_lines(["\n = A = \n\n text \n", "\n = B = \n\n text \n"])
+    user_files.write_hub_rows({"train": lines, "test": lines}, tmp_path)
+    assert documents.read_split(tmp_path / "test.txt") == " \n = River = \n \n The river \n"
+    user_files.write_hub_rows({"train": ["a\r\nb", ""]}, tmp_path)
+    assert documents.read_split(tmp_path / "train.jsonl") == ["a\r\nb"]
