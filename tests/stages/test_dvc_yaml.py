@@ -147,7 +147,7 @@ def test_a_stage_uses_exactly_what_it_declares(stage, finished, params_read, fak
         shutil.copy(finished / "params.yaml", folder)
         inputs = {name for name in declared_files(stage, "deps")} - declared_code(stage)
         for name in inputs:
-            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (shutil.copytree if (finished / name).is_dir() else shutil.copyfile)(finished / name, folder / name)
         for key, value in variant.items():
             set_param(folder, key, value)
