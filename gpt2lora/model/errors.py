@@ -16,6 +16,8 @@ def library_errors(what: str, advice: str) -> Iterator[None]:
     """Turn the errors of libraries into one line: what failed, why, and what to do; not too little memory."""
     try:
         yield
+    except ModuleNotFoundError:  # told by `command`
+        raise
     except (*COMPUTATION_ERRORS, OSError, SafetensorError) as error:
         if is_out_of_memory(error):
             raise

@@ -107,11 +107,12 @@ def test_end_of_text_in_a_prompt_is_the_token():
 
 @pytest.fixture
 def steps(monkeypatch) -> list[None]:
-    """A list with one entry for each forward pass so far."""
+    """A list with one entry for each forward pass so far, without those that try a model when it is loaded."""
     forward, passes = GPT2LMHeadModel.forward, []
 
     def counting_forward(*arguments, **options):
-        passes.append(None)
+        if options.get("use_cache") is not False:
+            passes.append(None)
         return forward(*arguments, **options)
 
     monkeypatch.setattr(GPT2LMHeadModel, "forward", counting_forward)

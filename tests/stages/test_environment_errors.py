@@ -63,7 +63,7 @@ def test_too_little_gpu_memory_is_reported_by_any_stage(stage_folder, monkeypatc
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
 
-    monkeypatch.setattr(prepare, "read_folder", fail)
+    monkeypatch.setattr(prepare, "write_corpus", fail)
     errors = run_stage(prepare.main, code=1)
     assert errors.startswith("Error: out of memory on the GPU: lower the stage's batch_size, or end ")
 
@@ -84,6 +84,6 @@ def test_an_error_of_the_program_keeps_its_traceback(stage_folder, monkeypatch):
     def fail(*_):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(prepare, "read_folder", fail)
+    monkeypatch.setattr(prepare, "write_corpus", fail)
     with pytest.raises(ZeroDivisionError):
         CliRunner().invoke(prepare.main, catch_exceptions=False)
