@@ -16,18 +16,21 @@ out  metrics/eval.json: for base and tuned, and as the change from one to the ot
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import click
 
+from gpt2lora.distributed import launch
 from gpt2lora.evaluation import plots, report
 from gpt2lora.evaluation.metrics import compute_metrics, count_scored, warn_about_metrics, write_positions
 from gpt2lora.pipeline import environment, params
-from gpt2lora.pipeline.artifacts import MANIFEST, atomic_output, require_file, verify_digests
+from gpt2lora.pipeline.artifacts import MANIFEST, atomic_output, digests, require_file, verify_digests
 from gpt2lora.pipeline.cli import StageError, command, echo
 
 PROTOCOLS = ("native", "hf", "lm-eval")
+SHARE_THRESHOLD = 6e15  # parameters times tokens, for which one H100 takes a minute
 
 
 @dataclass
@@ -62,8 +65,28 @@ class EvaluateParams:
 )
 def main(raw: Path, tokens: Path, base: Path, adapter: Path, loss: Path, out: Path, positions: Path) -> None:
     """Score the test split under the base and the tuned model."""
+    options = params.section("evaluate", EvaluateParams)
+    choose = partial(choose_gpus, base, tokens, options.stride)
+    launch.run("evaluate", choose, partial(evaluate, options, raw, tokens, base, adapter, loss, out, positions))
+
+
+def choose_gpus(base: Path, tokens: Path, stride: int | None, free: int) -> tuple[int, str]:
+    """Return how many of the free GPUs to score on, and why: all of them if there is work for more than a minute."""
+    from gpt2lora.dataset.blocks import load_blocks, read_token_manifest
+
+    manifest = read_token_manifest(tokens, base)
+    test = load_blocks(tokens, "test", manifest["prefix"])
+    read = test.targets * manifest["block_size"] // (stride or manifest["block_size"])
+    work = 2 * read * sum(file.stat().st_size for file in base.glob("*.safetensors")) // 4
+    reason = f"{work:.1e} parameters x tokens; more processes save time from {SHARE_THRESHOLD:.0e} on"
+    return free if work >= SHARE_THRESHOLD else 1, reason
+
+
+def evaluate(
+    options: EvaluateParams, raw: Path, tokens: Path, base: Path, adapter: Path, loss: Path, out: Path, positions: Path
+) -> None:
+    """Score in this process, alone or as one of a group."""
     started = time.perf_counter()
-    evaluate = params.section("evaluate", EvaluateParams)
     from gpt2lora.dataset.blocks import read_token_manifest
     from gpt2lora.dataset.tokenizer import load_tokenizer
     from gpt2lora.evaluation.protocols import build_task, read_test_text
@@ -71,18 +94,23 @@ def main(raw: Path, tokens: Path, base: Path, adapter: Path, loss: Path, out: Pa
     plots.read_columns(plots.TRAINING_PLOTS, require_file(loss, "train"))  # a damaged file is reported before scoring
     manifest = read_token_manifest(tokens, base)
     verify_digests(raw, manifest["raw"], tokens / MANIFEST, "prepare tokenize")
-    stride = choose_stride(evaluate, manifest["block_size"])
+    stride = choose_stride(options, manifest["block_size"])
     text, tokenizer = read_test_text(raw), load_tokenizer(base)
-    task = build_task(evaluate.protocol, stride, manifest, text, tokens, base)
+    task = build_task(options.protocol, stride, manifest, text, tokens, base)
     if len(task.windows) == 0 or task.words == 0:
         raise StageError(f"{raw}/test.txt: nothing to score: expected a word at least, and a token to predict")
 
     echo("evaluate: loading torch and transformers")
+    from gpt2lora.distributed import group
     from gpt2lora.evaluation.samples import choose_prompts, generate_samples
     from gpt2lora.model import device, loading
     from gpt2lora.scoring.log_likelihood import score_windows
 
-    dtype = device.compute_dtype(evaluate.precision, device.pick_device())
+    group.check_same({f"files in {folder}": digests(folder) for folder in (raw, tokens, base, adapter)})
+    group.check_same({"section evaluate of params.yaml": asdict(options)})
+    processes = group.size()
+    group.warn_of_devices(device.device_name(device.pick_device()))
+    dtype = device.compute_dtype(options.precision, device.pick_device())
     prompts = choose_prompts(text, tokenizer, manifest["block_size"], manifest["prefix"])
     scores, metrics, samples = {}, {}, [prompts.ids]
     for name, load in (
@@ -90,12 +118,16 @@ def main(raw: Path, tokens: Path, base: Path, adapter: Path, loss: Path, out: Pa
         ("tuned", lambda: loading.load_tuned(base, adapter, dtype)),
     ):
         model = load()
-        scores[name] = score_windows(model, task.windows, evaluate.batch_size, dtype, f"test, {name}")
+        scores[name] = score_windows(model, task.windows, options.batch_size, dtype, f"test, {name}")
         metrics[name] = compute_metrics(scores[name], task)  # stops if the model is broken, which cannot generate
         samples.append(generate_samples(model, prompts, manifest["end_of_text_id"]))
         del model
         echo(f"evaluate: {name:6} " + "  ".join(f"{key} {value:.4f}" for key, value in metrics[name].items()))
         warn_about_metrics(name, metrics[name])
+    writes = group.is_main()
+    group.leave()
+    if not writes:
+        return
     metrics["change"] = {key: metrics["tuned"][key] - metrics["base"][key] for key in metrics["base"]}
     metrics |= count_scored(task)
 
@@ -109,8 +141,9 @@ def main(raw: Path, tokens: Path, base: Path, adapter: Path, loss: Path, out: Pa
     records = {stage: environment.read_record(folder, stage) for stage, folder in outputs.items()}
     facts = {
         "method": report.describe_method(*loading.read_method(adapter)),
-        "scored": report.describe_scoring(evaluate.protocol, manifest, stride, prefix),
+        "scored": report.describe_scoring(options.protocol, manifest, stride, prefix),
         "precision": str(dtype).removeprefix("torch."),
+        "processes": processes,
     }
     records["evaluate"] = environment.describe_run(started, **facts)
     decoded = [[tokenizer.decode(ids) for ids in column] for column in samples]
@@ -118,15 +151,15 @@ def main(raw: Path, tokens: Path, base: Path, adapter: Path, loss: Path, out: Pa
     echo(f"evaluate: {out.parent}/report.md shows all results")
 
 
-def choose_stride(evaluate: EvaluateParams, block_size: int) -> int:
+def choose_stride(options: EvaluateParams, block_size: int) -> int:
     """Return the tokens from one window to the next: evaluate.stride, or by default the block size."""
-    if evaluate.stride is None:
+    if options.stride is None:
         return block_size
-    if evaluate.protocol == "lm-eval":
-        raise params.invalid("evaluate.stride", evaluate.stride, "null, since lm-eval has a stride of its own")
-    if evaluate.stride > block_size:
-        raise params.invalid("evaluate.stride", evaluate.stride, f"1 to {block_size}, the block size, or null")
-    return evaluate.stride
+    if options.protocol == "lm-eval":
+        raise params.invalid("evaluate.stride", options.stride, "null, since lm-eval has a stride of its own")
+    if options.stride > block_size:
+        raise params.invalid("evaluate.stride", options.stride, f"1 to {block_size}, the block size, or null")
+    return options.stride
 
 
 if __name__ == "__main__":

@@ -13,19 +13,21 @@ import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from gpt2lora.distributed import launch
 from gpt2lora.pipeline import environment, params
 from gpt2lora.pipeline.artifacts import atomic_output, prefetch_digests
 from gpt2lora.pipeline.cli import command, echo
+from gpt2lora.training.config import TrainParams, check_processes, choose_gpus
 
 if TYPE_CHECKING:
     from gpt2lora.model.lora import LoraParams
     from gpt2lora.model.quantization import QuantizationParams
-    from gpt2lora.training.config import TrainParams
 
 # In steps. A checkpoint of GPT-2 with an adapter of rank 16 takes 38 MB, one of all its weights 2 GB.
 DEFAULT_CHECKPOINT_INTERVAL = {"lora": 100, "qlora": 100, "full": 1000}
@@ -44,6 +46,12 @@ class NoParams:
 @click.option("--checkpoints", type=Path, default="data/.checkpoints", show_default=True, help="Folder of checkpoints.")
 def main(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path) -> None:
     """Train an adapter on the corpus and keep the one with the lowest validation loss."""
+    steps = params.section("train", TrainParams).accumulation_steps
+    launch.run("train", partial(choose_gpus, steps), partial(train, tokens, base, out, metrics, checkpoints))
+
+
+def train(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path) -> None:
+    """Train in this process, alone or as one of a group."""
     started = time.perf_counter()
     echo("train: loading torch and transformers")
     prefetch_digests(base)
@@ -54,11 +62,13 @@ def main(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path) 
     # The GPU's driver starts beside the imports. If that fails, the first computation fails too, with a clear error.
     ThreadPoolExecutor(1).submit(device.warm_up)
     from gpt2lora.dataset.blocks import load_blocks, read_token_manifest
+    from gpt2lora.distributed import group
     from gpt2lora.model import loading, lora
     from gpt2lora.training import checkpoint, execution, oom, summary
     from gpt2lora.training.loop import fit
 
     method, quantization, lora_params, options = read_params()
+    check_processes(options.accumulation_steps, group.size())
     seed = params.seed()
     prefix = read_token_manifest(tokens, base)["prefix"]
     if method != "full":
@@ -67,7 +77,8 @@ def main(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path) 
     target = device.pick_device()
     dtype = device.compute_dtype(options.precision, target)
     precision = str(dtype).removeprefix("torch.")
-    echo(f"train: {method} on {device.device_name(target)}, {precision}")
+    name, processes = device.device_name(target), group.size()
+    echo(f"train: {method} on {f'{processes} x ' * (processes > 1)}{name}, {precision}")
     if options.deterministic and target.type == "cuda":
         device.make_deterministic()
     torch.manual_seed(seed)
@@ -78,21 +89,27 @@ def main(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path) 
     values = {name: section and asdict(section) for name, section in sections.items()}
     # CPUs differ in their kernels. On a GPU, compiled and other steps draw other random numbers.
     cpu = [environment.cpu_name(), torch.backends.cpu.get_cpu_capability()]
-    hardware = [device.device_name(target), str(dtype)]
+    hardware = [name, str(dtype)]
     hardware.append(execution.missing_compile_requirement() if target.type == "cuda" else cpu)
     code = checkpoint.code_files(Path(__file__))
-    key = checkpoint.run_key(values | {"method": method, "seed": seed}, [tokens, base], code, hardware)
+    facts = checkpoint.run_facts(values | {"method": method, "seed": seed}, [tokens, base], code)
+    group.check_same(facts)
+    group.warn_of_devices(name)
     interval = options.checkpoint_every
     interval = DEFAULT_CHECKPOINT_INTERVAL[method] if interval is None else interval
     history = None
     try:
         with checkpoint.catch_signals() as caught:
-            run = checkpoint.Checkpoints(checkpoints / key, interval, caught)
+            run = checkpoint.Checkpoints(checkpoints / checkpoint.run_key(facts, hardware), interval, caught)
             history = fit(model, train, validation, options, seed, run, metrics / "loss.csv")
     except torch.OutOfMemoryError:
         pass  # handled below: until this clause ends, the error holds the memory of `fit`
     if history is None:
         raise oom.oom_error(model, train, options, dtype)
+    writes = group.is_main()
+    group.leave()
+    if not writes:
+        return
 
     record = summary.summarize_training(model, history)
     timings = summary.measure_speed(history, device.peak_memory(target))
@@ -111,7 +128,7 @@ def main(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path) 
         record_file.write_text(json.dumps(record, indent=2) + "\n")
         timings_file.write_text(json.dumps(timings, indent=2) + "\n")
         history.write_csv(metrics / "loss.csv")
-    environment.write_record(out, "train", started, method=method, precision=precision)
+    environment.write_record(out, "train", started, method=method, precision=precision, processes=processes)
     run.remove()
     summary.echo_result(record, timings)
 
@@ -121,7 +138,6 @@ def read_params() -> "tuple[str, QuantizationParams | None, LoraParams, TrainPar
     from gpt2lora.model.lora import LoraParams
     from gpt2lora.model.lora_init import check_init
     from gpt2lora.model.quantization import QuantizationParams
-    from gpt2lora.training.config import TrainParams
 
     method = params.choice("method", "methods")
     known = DEFAULT_CHECKPOINT_INTERVAL

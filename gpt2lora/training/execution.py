@@ -52,6 +52,7 @@ class Backward:
     # The context of other computations between two batches, such as validation, that leave nothing on the device: they
     # use the memory that the next replay overwrites.
     share_memory: Callable[[], AbstractContextManager] = contextlib.nullcontext
+    overwrites: bool = False  # a call writes its gradients into the same memory as the one before
 
     def __call__(self, inputs: torch.Tensor, targets: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
         return self.compute(inputs, targets, count)
@@ -82,7 +83,7 @@ def prepare_backward(
         replay, share_memory = capture_cuda_graph(model, make_backward(model, dtype, softmax), shape, device)
     if mode == "compiled":
         shut_down_compile_workers()
-    return Backward(replay, device, shape, share_memory)
+    return Backward(replay, device, shape, share_memory, overwrites=True)
 
 
 def choose_execution(

@@ -41,7 +41,7 @@ class TrainState:
     norms: list[torch.Tensor] = field(default_factory=list)  # of the gradients since the last log; on the device
     lowest_norm: float = math.inf  # lowest usual norm of the gradient
     clock: float = 0.0  # time.perf_counter() up to which history.seconds counts
-    stopping: bool = False  # a signal asked to stop
+    stopping: int = 0  # the signal that asked to stop
 
     def add_step(self, loss: torch.Tensor, norm: torch.Tensor, tokens: int) -> None:
         """Add a step: its summed loss in nats, the norm of its gradient before clipping, and its target tokens."""
