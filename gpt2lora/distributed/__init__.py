@@ -1,1 +1,1 @@
-"""Several processes that compute one result: their group, its sums, its start, and locks on GPUs."""
+"""Several processes that compute one result: their group, its start, its failures, and locks on GPUs."""

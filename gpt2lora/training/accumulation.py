@@ -4,7 +4,7 @@ A step has up to `accumulation_steps` micro-batches. Each has random numbers of 
 their gradients are summed in a fixed binary tree. With accumulation_steps = run_length * 2^k and an odd run_length, the
 leaves are runs of run_length micro-batches, each summed one after the other. Any 2^j processes, j <= k, each compute a
 contiguous block of the leaves, which is a whole subtree, and add the subtrees in the same order
-(gpt2lora/distributed/reduction.py). So the sum is the same bits for any number of processes.
+(gpt2lora/training/reduction.py). So the sum is the same bits for any number of processes.
 """
 
 from dataclasses import dataclass

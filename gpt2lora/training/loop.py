@@ -13,11 +13,12 @@ import torch
 from tqdm import tqdm
 
 from gpt2lora.dataset.blocks import Blocks
-from gpt2lora.distributed import group, reduction
+from gpt2lora.distributed import group
 from gpt2lora.model.device import compute_dtype
 from gpt2lora.model.head import check_head
 from gpt2lora.pipeline.cli import echo
 from gpt2lora.scoring.log_likelihood import validation_loss
+from gpt2lora.training import reduction
 from gpt2lora.training.accumulation import MicroBatch, accumulate_gradients, run_length, split_step
 from gpt2lora.training.config import TrainParams
 from gpt2lora.training.divergence import check_finite, check_gradient_norms

@@ -14,9 +14,10 @@ MAY_IMPORT = {
     "sources": {"pipeline"},
     "sample": {"pipeline"},
     "dataset": {"pipeline"},
+    "distributed": {"pipeline"},
     "model": {"dataset", "sources", "sample", "pipeline"},
-    "scoring": {"model", "dataset", "sources", "sample", "pipeline"},
-    "training": {"scoring", "model", "dataset", "sources", "sample", "pipeline"},
+    "scoring": {"distributed", "model", "dataset", "sources", "sample", "pipeline"},
+    "training": {"distributed", "scoring", "model", "dataset", "sources", "sample", "pipeline"},
     "evaluation": {"scoring", "model", "dataset", "sources", "sample", "pipeline"},
     "commands": {"training", "evaluation", "scoring", "model", "dataset", "sources", "sample", "pipeline"},
 }
