@@ -24,6 +24,7 @@ class PeerError(StageError):
 
 def is_first(error: BaseException, store: dist.Store) -> bool:
     """Tell whether this process is to print its error: it is the first one that failed, and knows why."""
+    stop_watching()
     stopped = isinstance(error, SystemExit) and error.code in (0, 130, 143)
     if stopped or isinstance(error, KeyboardInterrupt):
         return True
@@ -31,7 +32,10 @@ def is_first(error: BaseException, store: dist.Store) -> bool:
         if isinstance(error, PeerError):
             return _explain(error, store)
         time.sleep(0.3 * (os.environ["RANK"] != "0"))  # what goes wrong everywhere is said by rank 0
-        return store.add("failures", 1) == 1
+        first = store.add("failures", 1) == 1
+        if first and os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            time.sleep(3)  # it holds the store, from which the others learn that it failed
+        return first
     except RuntimeError:  # the store is gone, with the process that held it
         if isinstance(error, PeerError):
             error.message = f"rank 0 of {os.environ['WORLD_SIZE']} ended: all others stop ({error.message})"
@@ -42,9 +46,11 @@ def _explain(error: PeerError, store: dist.Store) -> bool:
     """Find out which processes are missing, and name them in the error; tell whether this process prints it."""
     number, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store.set(f"alive/{number}", "")
-    time.sleep(GRACE)
-    if store.check(["failures"]):  # another process has said why
-        return False
+    deadline = time.monotonic() + GRACE
+    while time.monotonic() < deadline:
+        if store.check(["failures"]):  # another process has said why
+            return False
+        time.sleep(0.2)
     alive = [each for each in range(world) if store.check([f"alive/{each}"])]
     missing = [each for each in range(world) if each not in alive]
     if number != alive[0]:
@@ -62,31 +68,32 @@ def _explain(error: PeerError, store: dist.Store) -> bool:
 
 def exit_silently() -> None:
     """End this process: another one prints why."""
-    time.sleep(1)  # its launcher would end that one, too
+    time.sleep(2)  # a launcher ends all others as soon as one has ended
     os._exit(1)  # other threads may wait for a GPU that waits for a dead process
 
 
 def watch_peers(store: dist.Store) -> None:
-    """Tell the others this process's id, and end it if one on the same machine dies while a GPU keeps it waiting."""
+    """Tell the others this process's id, and watch them: a GPU that waits for one of them keeps the main thread."""
     world, number = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     store.set(f"process/{number}", f"{socket.gethostname()} {os.getpid()}")
     others = [_process(store, each) for each in range(world) if each != number]
     _ended.clear()
     local = [process for process in others if process]
-    if local:
-        threading.Thread(target=_watch, args=(local,), daemon=True).start()
+    threading.Thread(target=_watch, args=(store, local), daemon=True).start()
 
 
 def stop_watching() -> None:
     _ended.set()
 
 
-def _watch(processes: list[int]) -> None:
+def _watch(store: dist.Store, processes: list[int]) -> None:
+    """End this process if another one fails, or dies on this machine, unless the main thread ends first."""
     while not _ended.wait(1):
-        if all(map(_exists, processes)):
-            continue
+        with contextlib.suppress(RuntimeError):  # the store is gone: the main thread notices
+            if store.check(["failures"]) and not _ended.wait(2):
+                os._exit(1)
         # The main thread notices by itself, and says so, unless it waits for a GPU.
-        if not _ended.wait(GRACE + 10):
+        if not all(map(_exists, processes)) and not _ended.wait(GRACE + 10):
             os._exit(1)
 
 

@@ -100,7 +100,9 @@ def leave() -> None:
 
 
 def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+    """Return what an error of torch.distributed says, without its place in the code and its advice."""
+    line = str(error).strip().split("\n")[0].split(". This is typically")[0]
+    return line.partition("] ")[2] if line.startswith("[") else line
 
 
 @contextlib.contextmanager

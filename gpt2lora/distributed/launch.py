@@ -26,7 +26,7 @@ def run(stage: str, choose: Callable[[int], tuple[int, str]], work: Callable[[],
         choose: returns for a number of free GPUs how many to take, and why.
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost connection is reported by PeerError
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # a lost connection is reported by PeerError
         from gpt2lora.distributed import group
 
         with group.joined():
@@ -77,9 +77,9 @@ def run_processes(stage: str, count: int) -> None:
         if failure.exitcode >= 0:
             raise SystemExit(failure.exitcode) from None
         name = signal.Signals(-failure.exitcode).name
+        cause = " (as when memory runs out: see dmesg)" if name == "SIGKILL" else ""
         raise StageError(
-            f"{stage}: rank {rank} of {count} was killed by {name} (SIGKILL: often for want of memory, see dmesg): all "
-            "others stopped; no output is half written"
+            f"{stage}: rank {rank} of {count} was killed by {name}{cause}: all others stopped; no output is half written"
         ) from None
     except Exception as error:
         if type(error).__name__ != "SignalException":

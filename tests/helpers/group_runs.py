@@ -14,10 +14,10 @@ import traceback
 from pathlib import Path
 
 STAGES = ("train", "evaluate")
-PATCHES = Path(__file__).parent
 
 
 def main() -> None:
+    os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL"  # as gpt2lora.distributed.launch sets it
     for stage in STAGES:
         importlib.import_module(f"stages.{stage}").main  # noqa: B018
     for name in ("loading", "lora", "lora_init", "device", "quantization"):
