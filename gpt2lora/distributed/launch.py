@@ -79,7 +79,7 @@ def run_processes(stage: str, count: int) -> None:
         name = signal.Signals(-failure.exitcode).name
         cause = " (as when memory runs out: see dmesg)" if name == "SIGKILL" else ""
         raise StageError(
-            f"{stage}: rank {rank} of {count} was killed by {name}{cause}: all others stopped; no output is half written"
+            f"{stage}: rank {rank} of {count} was killed by {name}{cause}; no output is half written"
         ) from None
     except Exception as error:
         if type(error).__name__ != "SignalException":
