@@ -155,7 +155,8 @@ def capture_cuda_graph(
     model.zero_grad()
     torch.cuda.empty_cache()
     graph, pool = torch.cuda.CUDAGraph(), torch.cuda.MemPool()
-    with torch.cuda.graph(graph, pool.id, stream):  # the same stream: cuBLAS holds memory for each stream
+    # The same stream: cuBLAS holds memory for each stream. Other threads, such as NCCL's watchdog, go on meanwhile.
+    with torch.cuda.graph(graph, pool.id, stream, capture_error_mode="thread_local"):
         nll = compute(inputs, targets, count)
     written = [parameter.grad for parameter in trained]
     model.zero_grad()

@@ -7,6 +7,7 @@ each process of a group is a fork of it. It has a single thread, since a fork ha
 import importlib
 import json
 import os
+import signal
 import socket
 import sys
 import time
@@ -37,20 +38,25 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def run_group(folder: str, stage: str, processes: int, setup: str = "", options: tuple[str, ...] = ()) -> dict:
+def run_group(folder: str, stage: str, processes: int, setup: str = "", kill_after: float | None = None) -> dict:
     """Run a stage in so many processes; return their exit codes, what they printed, and the seconds it took.
 
     Args:
         setup: Python code that each process runs first; `rank` is its number.
+        kill_after: seconds after which all of them are killed.
     """
     port, started = free_port(), time.monotonic()
-    children = [fork(Path(folder), stage, rank, processes, port, setup, options) for rank in range(processes)]
+    children = [fork(Path(folder), stage, rank, processes, port, setup) for rank in range(processes)]
+    if kill_after is not None:
+        time.sleep(kill_after)
+        for child in children:  # not waited for yet, so no other process has its id
+            os.kill(child, signal.SIGKILL)
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     printed = [(Path(folder) / f"rank{rank}.txt").read_text(errors="replace") for rank in range(processes)]
     return {"codes": codes, "printed": printed, "seconds": time.monotonic() - started}
 
 
-def fork(folder: Path, stage: str, rank: int, processes: int, port: int, setup: str, options: tuple[str, ...]) -> int:
+def fork(folder: Path, stage: str, rank: int, processes: int, port: int, setup: str) -> int:
     if child := os.fork():
         return child
     code = 1
@@ -63,7 +69,7 @@ def fork(folder: Path, stage: str, rank: int, processes: int, port: int, setup: 
             os.environ.update(RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_RANK=str(rank))
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         exec(setup, {"rank": rank})
-        importlib.import_module(f"stages.{stage}").main.main(list(options))
+        importlib.import_module(f"stages.{stage}").main.main([])
         code = 0
     except SystemExit as stopped:
         code = int(stopped.code or 0)
