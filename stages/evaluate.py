@@ -24,13 +24,13 @@ import click
 
 from gpt2lora.distributed import launch
 from gpt2lora.evaluation import plots, report
+from gpt2lora.evaluation.gpus import choose_gpus
 from gpt2lora.evaluation.metrics import compute_metrics, count_scored, warn_about_metrics, write_positions
 from gpt2lora.pipeline import environment, params
 from gpt2lora.pipeline.artifacts import MANIFEST, atomic_output, digests, require_file, verify_digests
 from gpt2lora.pipeline.cli import StageError, command, echo
 
 PROTOCOLS = ("native", "hf", "lm-eval")
-SHARE_THRESHOLD = 6e15  # parameters times tokens, for which one H100 takes a minute
 
 
 @dataclass
@@ -70,18 +70,6 @@ def main(raw: Path, tokens: Path, base: Path, adapter: Path, loss: Path, out: Pa
     launch.run("evaluate", choose, partial(evaluate, options, raw, tokens, base, adapter, loss, out, positions))
 
 
-def choose_gpus(base: Path, tokens: Path, stride: int | None, free: int) -> tuple[int, str]:
-    """Return how many of the free GPUs to score on, and why: all of them if there is work for more than a minute."""
-    from gpt2lora.dataset.blocks import load_blocks, read_token_manifest
-
-    manifest = read_token_manifest(tokens, base)
-    test = load_blocks(tokens, "test", manifest["prefix"])
-    read = test.targets * manifest["block_size"] // (stride or manifest["block_size"])
-    work = 2 * read * sum(file.stat().st_size for file in base.glob("*.safetensors")) // 4
-    reason = f"{work:.1e} parameters x tokens; more processes save time from {SHARE_THRESHOLD:.0e} on"
-    return free if work >= SHARE_THRESHOLD else 1, reason
-
-
 def evaluate(
     options: EvaluateParams, raw: Path, tokens: Path, base: Path, adapter: Path, loss: Path, out: Path, positions: Path
 ) -> None:
@@ -106,11 +94,10 @@ def evaluate(
     from gpt2lora.model import device, loading
     from gpt2lora.scoring.log_likelihood import score_windows
 
-    group.check_same({f"files in {folder}": digests(folder) for folder in (raw, tokens, base, adapter)})
-    group.check_same({"section evaluate of params.yaml": asdict(options)})
-    processes = group.size()
-    group.warn_of_devices(device.device_name(device.pick_device()))
-    dtype = device.compute_dtype(options.precision, device.pick_device())
+    target, processes = device.pick_device(), group.size()
+    facts = {f"files in {folder}": digests(folder) for folder in (raw, tokens, base, adapter)}
+    group.check_same(facts | {"parameters in params.yaml": asdict(options)}, device.device_name(target))
+    dtype = device.compute_dtype(options.precision, target)
     prompts = choose_prompts(text, tokenizer, manifest["block_size"], manifest["prefix"])
     scores, metrics, samples = {}, {}, [prompts.ids]
     for name, load in (
@@ -124,9 +111,7 @@ def evaluate(
         del model
         echo(f"evaluate: {name:6} " + "  ".join(f"{key} {value:.4f}" for key, value in metrics[name].items()))
         warn_about_metrics(name, metrics[name])
-    writes = group.is_main()
-    group.leave()
-    if not writes:
+    if not group.leave():
         return
     metrics["change"] = {key: metrics["tuned"][key] - metrics["base"][key] for key in metrics["base"]}
     metrics |= count_scored(task)

@@ -64,7 +64,7 @@ def train(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path)
     from gpt2lora.dataset.blocks import load_blocks, read_token_manifest
     from gpt2lora.distributed import group
     from gpt2lora.model import loading, lora
-    from gpt2lora.training import checkpoint, execution, oom, summary
+    from gpt2lora.training import checkpoint, oom, summary
     from gpt2lora.training.loop import fit
 
     method, quantization, lora_params, options = read_params()
@@ -87,28 +87,22 @@ def train(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path)
 
     sections = {"quantization": quantization, "lora": lora_params, "train": options}
     values = {name: section and asdict(section) for name, section in sections.items()}
-    # CPUs differ in their kernels. On a GPU, compiled and other steps draw other random numbers.
-    cpu = [environment.cpu_name(), torch.backends.cpu.get_cpu_capability()]
-    hardware = [name, str(dtype)]
-    hardware.append(execution.missing_compile_requirement() if target.type == "cuda" else cpu)
     code = checkpoint.code_files(Path(__file__))
     facts = checkpoint.run_facts(values | {"method": method, "seed": seed}, [tokens, base], code)
-    group.check_same(facts)
-    group.warn_of_devices(name)
+    group.check_same(facts, name)
+    key = checkpoint.run_key(facts, checkpoint.hardware_facts(target, dtype))
     interval = options.checkpoint_every
     interval = DEFAULT_CHECKPOINT_INTERVAL[method] if interval is None else interval
     history = None
     try:
         with checkpoint.catch_signals() as caught:
-            run = checkpoint.Checkpoints(checkpoints / checkpoint.run_key(facts, hardware), interval, caught)
+            run = checkpoint.Checkpoints(checkpoints / key, interval, caught)
             history = fit(model, train, validation, options, seed, run, metrics / "loss.csv")
     except torch.OutOfMemoryError:
         pass  # handled below: until this clause ends, the error holds the memory of `fit`
     if history is None:
         raise oom.oom_error(model, train, options, dtype)
-    writes = group.is_main()
-    group.leave()
-    if not writes:
+    if not group.leave():
         return
 
     record = summary.summarize_training(model, history)

@@ -92,11 +92,13 @@ def choose_gpu() -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[local_rank]
 
 
-def leave() -> None:
-    """Leave the group. From here on each process is by itself."""
+def leave() -> bool:
+    """Leave the group: from here on each process is by itself. Return whether this one writes the results."""
     failure.stop_watching()
+    main = is_main()
     if dist.is_initialized():
         dist.destroy_process_group()
+    return main
 
 
 def first_line(error: Exception) -> str:
@@ -164,21 +166,18 @@ def gather(value: object) -> list:
     return found
 
 
-def check_same(facts: dict[str, object]) -> None:
-    """Refuse to go on with another rank whose facts, such as digests, differ from those of rank 0.
+def check_same(facts: dict[str, object], device: str = "") -> None:
+    """Refuse a process whose facts, such as digests, differ from those of rank 0; warn of devices that differ.
 
     Args:
         facts: by the name that the error shows.
+        device: the name of the model.
     """
-    found = gather(facts)
-    for number, other in enumerate(found):
-        for name, value in found[0].items():
-            if other.get(name) != value:
+    found = gather((facts, device))
+    for number, (other, _) in enumerate(found):
+        for name in facts:
+            if other.get(name) != found[0][0].get(name):
                 raise StageError(f"rank {number} has other {name} than rank 0: give all processes the same")
-
-
-def warn_of_devices(device: str) -> None:
-    """Warn if the processes compute on GPUs of different models."""
-    names = sorted(set(gather(device)))
+    names = sorted({name for _, name in found})
     if len(names) > 1:
         echo(f"warning: devices of different models ({', '.join(names)}): bytes may differ from those of one model")

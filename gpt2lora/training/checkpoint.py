@@ -24,8 +24,11 @@ import torch
 from safetensors.torch import load, save
 
 from gpt2lora.distributed import group
+from gpt2lora.model.device import device_name
+from gpt2lora.pipeline import environment
 from gpt2lora.pipeline.artifacts import atomic_output, digests, file_digest
 from gpt2lora.pipeline.cli import echo
+from gpt2lora.training.execution import missing_compile_requirement
 
 CHECKPOINTS_KEPT = 2
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "numpy")  # their versions decide the bits of a result
@@ -161,6 +164,12 @@ def run_key(facts: dict[str, str], device: object) -> str:
         device: the hardware, as JSON can hold it: other kernels round differently. Not the number of processes.
     """
     return short_digest(json.dumps([*facts.values(), device], sort_keys=True).encode())
+
+
+def hardware_facts(device: torch.device, dtype: torch.dtype) -> list:
+    """Return what decides a run's kernels. CPUs differ in them; on a GPU, compiled steps draw other random numbers."""
+    cpu = [environment.cpu_name(), torch.backends.cpu.get_cpu_capability()]
+    return [device_name(device), str(dtype), missing_compile_requirement() if device.type == "cuda" else cpu]
 
 
 def code_files(script: Path) -> set[Path]:
