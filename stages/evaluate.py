@@ -24,7 +24,6 @@ import click
 
 from gpt2lora.distributed import launch
 from gpt2lora.evaluation import plots, report
-from gpt2lora.evaluation.gpus import choose_gpus
 from gpt2lora.evaluation.metrics import compute_metrics, count_scored, warn_about_metrics, write_positions
 from gpt2lora.pipeline import environment, params
 from gpt2lora.pipeline.artifacts import MANIFEST, atomic_output, digests, require_file, verify_digests
@@ -66,6 +65,8 @@ class EvaluateParams:
 def main(raw: Path, tokens: Path, base: Path, adapter: Path, loss: Path, out: Path, positions: Path) -> None:
     """Score the test split under the base and the tuned model."""
     options = params.section("evaluate", EvaluateParams)
+    from gpt2lora.evaluation.gpus import choose_gpus
+
     choose = partial(choose_gpus, base, tokens, options.stride)
     launch.run("evaluate", choose, partial(evaluate, options, raw, tokens, base, adapter, loss, out, positions))
 
