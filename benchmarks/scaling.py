@@ -33,12 +33,13 @@ TRAINING = {
     "qlora-all-32": {"method": "qlora", "batch-size": 32},
 }
 OTHERS = ("evaluate", "bytes", "queue", "before")
+COMPILED = {"train.compile": "always", "train.deterministic": True}
 METHODS = {  # for the comparison of bytes: what differs from params.yaml
-    "lora": {"train.compile": "always"},
-    "lora, captured": {"train.compile": "never"},
-    "qlora": {"method": "qlora", "train.compile": "always"},
-    "full": {"method": "full", "train.learning_rate": 1e-3, "train.compile": "always"},
-    "dora": {"lora.use_dora": True},
+    "lora": COMPILED,
+    "lora, captured": COMPILED | {"train.compile": "never"},
+    "qlora": COMPILED | {"method": "qlora"},
+    "full": COMPILED | {"method": "full", "train.learning_rate": 1e-3},
+    "lora, not deterministic": COMPILED | {"train.deterministic": False},
 }
 QUEUED = 8
 
@@ -112,7 +113,7 @@ def run_group(module: str, options: dict, count: int, root: Path = workspace.ROO
 
 
 def run_train(folder: Path, gpus: list[str] | None) -> float:
-    """Run the stage `train` in a folder on some of the GPUs; return its seconds."""
+    """Run the stage `train` in a folder, on any or some of the GPUs; return its seconds."""
     variables = {} if gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
     started = time.monotonic()
     if error := workspace.run_stage("train", folder, **variables):
@@ -121,33 +122,41 @@ def run_train(folder: Path, gpus: list[str] | None) -> float:
 
 
 def compare_bytes(model: Path, block_size: int, counts: tuple[int, ...], work: Path) -> dict:
-    """Return for each method whether all numbers of GPUs gave the same bytes, and the validation losses without."""
-    gpus, found = workspace.cards(), {}
-    tokens = random_inputs.tokens(work, model, block_size, 100)
+    """Return for each method whether all numbers of GPUs gave the same bytes, and the validation losses."""
+    tokens, found = random_inputs.tokens(work, model, block_size, 100), {}
     common = {"train.epochs": 2, "train.batch_size": 4, "train.accumulation_steps": 4, "train.validations": 2}
     for name, values in METHODS.items():
-        for deterministic in (True, False):
-            key = f"{name}, {'deterministic' if deterministic else 'as it comes'}"
-            settings = common | values | {"train.deterministic": deterministic}
-            try:
-                found[key] = train_on_each(settings, {count: gpus[:count] for count in counts}, model, tokens, work)
-            except StageError as error:
-                found[key] = {"error": error.format_message()}
-            echo(f"bytes: {key}: {found[key]}")
+        try:
+            found[name] = train_on_each(common | values, counts, model, tokens, work)
+        except StageError as error:
+            found[name] = {"error": error.format_message()}
+        echo(f"bytes: {name}: {found[name]}")
     return found
 
 
-def train_on_each(settings: dict, gpus: dict[int, list[str]], model: Path, tokens: Path, work: Path) -> dict:
+def train_on_each(settings: dict, counts: tuple[int, ...], model: Path, tokens: Path, work: Path) -> dict:
     """Train on each number of GPUs; return whether the bytes are equal, the validation losses and the seconds."""
-    prints, losses, seconds = [], [], []
-    for count, names in gpus.items():
-        folder = workspace.empty(work / f"bytes-{count}")
-        workspace.link_inputs(folder, settings, base=model, tokens=tokens)
-        seconds.append(run_train(folder, names))
-        outputs = [folder / "data/adapter", folder / "metrics/train.json", folder / "metrics/loss.csv"]
+    gpus, prints, losses = workspace.cards(), [], []
+
+    def train(count: int) -> float:
+        workspace.link_inputs(workspace.empty(work / f"bytes-{count}"), settings, base=model, tokens=tokens)
+        # One GPU is the last one, so that it and two others can work at the same time.
+        return run_train(work / f"bytes-{count}", gpus[-1:] if count == 1 else gpus[:count])
+
+    *fewer, most = sorted(counts)
+    with ThreadPoolExecutor(len(counts) if sum(fewer) <= len(gpus) else 1) as pool:
+        seconds = list(pool.map(train, fewer))
+    seconds.append(train(most))
+    for count in counts:
+        outputs = [
+            work / f"bytes-{count}" / name for name in ("data/adapter", "metrics/train.json", "metrics/loss.csv")
+        ]
         prints.append([workspace.fingerprint(path) for path in outputs])
         losses.append(json.loads(outputs[1].read_text())["best_validation_loss"])
-    return {"equal": all(each == prints[0] for each in prints), "losses": losses, "seconds": seconds}
+    log = (work / f"bytes-{max(counts)}" / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+    said = [line for line in log if "GPUs:" in line or "steps:" in line]
+    equal = all(each == prints[0] for each in prints)
+    return {"equal": equal, "losses": losses, "seconds": seconds, "said": said}
 
 
 def measure_queue(model: Path, block_size: int, jobs: int, work: Path) -> dict:
@@ -156,12 +165,10 @@ def measure_queue(model: Path, block_size: int, jobs: int, work: Path) -> dict:
 
     def train(number: int) -> float:
         folder = workspace.empty(work / f"queued-{number}")
-        values = {"train.epochs": 2, "train.validations": 2, "seed": number, "train.compile": "never"}
+        values = {"train.epochs": 8, "train.validations": 2, "seed": number, "train.compile": "never"}
         workspace.link_inputs(folder, values, base=model, tokens=tokens)
         return run_train(folder, None)
 
-    train(0)  # reads files for the first time
-    alone = train(0)
     most, ended = Counter(), threading.Event()
     watcher = threading.Thread(target=count_processes, args=(most, ended))
     watcher.start()
@@ -171,6 +178,7 @@ def measure_queue(model: Path, block_size: int, jobs: int, work: Path) -> dict:
     wall = time.monotonic() - started
     ended.set()
     watcher.join()
+    alone = train(0)
     share = wall / (QUEUED * alone)
     return {"alone": alone, "each": seconds, "wall": wall, "share": share, "most_processes_on_a_gpu": dict(most)}
 
