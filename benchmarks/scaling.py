@@ -59,7 +59,7 @@ def main(names, counts, size: str, block_size: int, steps: int, repeats: int, be
         raise StageError(f"--rows {min(unknown)}: there are {', '.join([*TRAINING, *OTHERS])}")
     work = out.resolve() / "work"
     model = random_inputs.model(work, size)
-    results: dict[str, dict] = {"conditions": workspace.environment()}
+    results: dict[str, dict] = {}
     for name in names or (*TRAINING, *OTHERS):
         try:
             if name in TRAINING:
@@ -82,6 +82,8 @@ def main(names, counts, size: str, block_size: int, steps: int, repeats: int, be
             results[name] = {"error": error.format_message()}
         echo(f"{name}: {json.dumps(results.get(name))}")
         write_results(out, results)
+    results["conditions"] = workspace.environment()  # last, since it uses a GPU
+    write_results(out, results)
     echo("\n" + (out / "scaling.md").read_text(encoding="utf-8"))
 
 
