@@ -61,8 +61,9 @@ def _explain(error: PeerError, store: dist.Store) -> bool:
     names = ", ".join(map(str, missing)) or "?"
     what = "ended without a word, as a process does that is killed" if dead else "does not answer"
     error.message = f"rank {names} of {world} {what}: all others stop; no output is half written ({error.message})"
-    for each in missing:  # it would keep its launcher waiting
-        _kill(store, each)
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # torch's launcher kills what is left by itself
+        for each in missing:
+            _kill(store, each)
     return True
 
 

@@ -54,6 +54,7 @@ def joined() -> Iterator[None]:
     try:
         store = join()
         yield
+        leave()  # not after an error: NCCL would wait for the others
     except BaseException as error:
         sys.stdout, sys.stderr = streams
         if store is None or failure.is_first(error, store):
@@ -61,7 +62,7 @@ def joined() -> Iterator[None]:
         failure.exit_silently()
     finally:
         sys.stdout, sys.stderr = streams
-        leave()
+        failure.stop_watching()
 
 
 def join() -> dist.Store:

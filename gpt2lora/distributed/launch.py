@@ -33,7 +33,7 @@ def run(stage: str, choose: Callable[[int], tuple[int, str]], work: Callable[[],
             work()
         return
     gpus = leases.list_gpus()
-    if not gpus:
+    if not gpus or not uses_gpus():
         work()
         return
     with leases.leased(gpus, choose, stage) as (taken, reason):
@@ -44,6 +44,13 @@ def run(stage: str, choose: Callable[[int], tuple[int, str]], work: Callable[[],
             work()
         else:
             run_processes(stage, len(taken))
+
+
+def uses_gpus() -> bool:
+    """Tell whether the installed torch can compute on a GPU."""
+    import torch
+
+    return torch.backends.cuda.is_built()
 
 
 def run_processes(stage: str, count: int) -> None:
