@@ -67,8 +67,8 @@ def joined() -> Iterator[None]:
 
 def join() -> dist.Store:
     """Meet the other processes; return the store that all of them share."""
-    choose_gpu()
     try:
+        choose_gpu()
         store, own_rank, world = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=own_rank, world_size=world, timeout=TIMEOUT)

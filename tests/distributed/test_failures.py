@@ -3,6 +3,7 @@
 import signal
 
 import pytest
+import tiny
 from training_runs import read_outputs
 
 from gpt2lora.training import checkpoint
@@ -36,8 +37,6 @@ def fail(error):
 @pytest.fixture
 def fail_group(training_folder, run_group):
     """A function that runs train in two processes with some code first; it returns all errors that were printed."""
-    import tiny
-
     for key, value in {"train.accumulation_steps": 2, "train.batch_size": 8}.items():
         tiny.set_param(training_folder, key, value)
 
@@ -133,3 +132,12 @@ def test_processes_that_a_step_cannot_be_dealt_out_to(training_folder, run_group
     assert result["codes"] == [1, 1]
     (line,) = [line for printed in result["printed"] for line in printed.splitlines() if "Error" in line]
     assert "2 processes were started, but train.accumulation_steps 1 is dealt out to" in line
+
+
+@pytest.mark.slow
+def test_devices_of_different_models_are_warned_of(training_folder, run_group):
+    tiny.set_param(training_folder, "train.accumulation_steps", 2)
+    setup = "from gpt2lora.model import device\ndevice.device_name = lambda _: ('NVIDIA A', 'NVIDIA B')[rank]"
+    result = run_group(training_folder, "train", 2, setup=setup)
+    assert result["codes"] == [0, 0], result["printed"]
+    assert "warning: devices of different models (NVIDIA A, NVIDIA B): bytes may differ" in result["printed"][0]
