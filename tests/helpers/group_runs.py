@@ -14,19 +14,18 @@ import time
 import traceback
 from pathlib import Path
 
-STAGES = ("train", "evaluate")
+MODULES = (
+    *("stages.train", "stages.evaluate", "gpt2lora.distributed.group", "gpt2lora.model.loading"),
+    *("gpt2lora.training.loop", "gpt2lora.training.oom", "gpt2lora.training.summary"),
+    *("gpt2lora.evaluation.samples", "gpt2lora.dataset.tokenizer"),
+    *("transformers.models.gpt2.modeling_gpt2", "bitsandbytes.nn", "omegaconf", "torch._dynamo", "matplotlib.figure"),
+)
 
 
 def main() -> None:
     os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL"  # as gpt2lora.distributed.launch sets it
-    for stage in STAGES:
-        importlib.import_module(f"stages.{stage}").main  # noqa: B018
-    for name in ("loading", "lora", "lora_init", "device", "quantization"):
-        importlib.import_module(f"gpt2lora.model.{name}")
-    for name in ("training.loop", "training.oom", "training.summary", "evaluation.samples", "dataset.tokenizer"):
-        importlib.import_module(f"gpt2lora.{name}")
-    importlib.import_module("gpt2lora.distributed.group")
-    importlib.import_module("bitsandbytes.nn")
+    for name in MODULES:
+        importlib.import_module(name)
     print("ready", flush=True)
     for line in sys.stdin:
         print(json.dumps(run_group(**json.loads(line))), flush=True)
@@ -43,11 +42,13 @@ def run_group(folder: str, stage: str, processes: int, setup: str = "", kill_aft
 
     Args:
         setup: Python code that each process runs first; `rank` is its number.
-        kill_after: seconds after which all of them are killed.
+        kill_after: seconds after the first checkpoint at which all of them are killed.
     """
     port, started = free_port(), time.monotonic()
     children = [fork(Path(folder), stage, rank, processes, port, setup) for rank in range(processes)]
     if kill_after is not None:
+        while not list(Path(folder).glob("data/.checkpoints/*/[0-9]*")) and time.monotonic() < started + 120:
+            time.sleep(0.01)
         time.sleep(kill_after)
         for child in children:  # not waited for yet, so no other process has its id
             os.kill(child, signal.SIGKILL)
