@@ -118,6 +118,13 @@ def test_processes_that_differ_are_refused(fail_group, training_folder, copy_of,
 
 
 @pytest.mark.slow
+def test_a_wrong_parameter_is_refused_by_one_process(fail_group, training_folder):
+    tiny.set_param(training_folder, "train.epochs", 0)
+    (line,) = fail_group("")
+    assert line.startswith("Error: rank 0 of 2: params.yaml: train.epochs")
+
+
+@pytest.mark.slow
 def test_a_group_that_does_not_come_together_is_reported(fail_group):
     lines = fail_group("del os.environ['MASTER_ADDR']")
     assert len(lines) == 2, "no process knows of the others"

@@ -24,6 +24,32 @@ VARIANTS = {
     "dora": {"lora.use_dora": True},
 }
 
+# As if a CUDA graph could be captured in one process alone.
+CAPTURED = """
+from gpt2lora.training import execution
+
+def capture(model, compiled, shape, dtype):
+    if rank == 1:
+        raise ValueError("a test")
+    return execution.Backward(None, None, None)
+
+execution.choose_execution = lambda *_: ("captured", "a test")
+execution.captured_backward = capture
+execution.restore_eager = lambda *_: None
+"""
+# The last process gets a signal as its first validation begins.
+SIGNAL = """
+import os, signal
+from gpt2lora.training import loop
+
+def validate_after_signal(*args):
+    if rank == int(os.environ.get("WORLD_SIZE", "1")) - 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    validate(*args)
+
+validate, loop.validate = loop.validate, validate_after_signal
+"""
+
 
 def read_all(folder: Path) -> dict[str, bytes]:
     """Return the bytes of what `train` and `evaluate` must write alike."""
@@ -59,6 +85,41 @@ def test_any_number_of_processes_writes_the_same_bytes(request, uneven_folder, c
     assert written[2] == written[1]
     assert written[4] == written[1]
     assert len(written[1]) == len(read_outputs(folder)) + 2 * every_stage
+
+
+@pytest.mark.slow
+def test_a_model_that_computes_its_own_logits(uneven_folder, copy_of, run_group):
+    written = []
+    for processes in (1, 2):
+        folder = copy_of(uneven_folder, str(processes))
+        for stage in ("train", "evaluate"):
+            setup = "from gpt2lora.model import head\nhead.is_head_known = lambda *_: False"
+            printed = succeed(run_group(folder, stage, processes, setup=setup))["printed"]
+            assert "computes more than a linear output head" in printed[0]
+        written.append(read_all(folder))
+    assert written[1] == written[0]
+
+
+@pytest.mark.slow
+def test_all_processes_compute_steps_in_the_same_way(uneven_folder, copy_of, run_group):
+    written = []
+    for processes in (1, 2):
+        folder = copy_of(uneven_folder, str(processes))
+        printed = succeed(run_group(folder, "train", processes, setup=CAPTURED * (processes > 1)))["printed"][0]
+        written.append(read_outputs(folder))
+    assert "train: eager steps: captured ones fail: in another process" in printed
+    assert written[1] == written[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "second"), [(1, 2), (2, 1), (2, 2)])
+def test_a_signal_in_a_validation(uneven_folder, copy_of, run_group, first, second):
+    undisturbed, folder = (copy_of(uneven_folder, name, {"train.validations": 2}) for name in ("undisturbed", "other"))
+    succeed(run_group(undisturbed, "train", 1))
+    stopped = run_group(folder, "train", first, setup=SIGNAL)
+    assert stopped["codes"] == [143] * first, stopped["printed"]
+    assert "resuming after step" in succeed(run_group(folder, "train", second))["printed"][0]
+    assert read_outputs(folder) == read_outputs(undisturbed)
 
 
 @pytest.mark.slow
