@@ -5,7 +5,9 @@
 Trains as the stage `train` does, with the values of params.yaml where no option says otherwise, and writes nothing.
 """
 
+import functools
 import json
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -24,13 +26,26 @@ from gpt2lora.pipeline.cli import StageError, command
 @click.option("--target", default="all-linear", show_default=True, help="all-linear or the name of a layer.")
 @click.option("--rank", type=int, help="Rank of the update; alpha is twice that.  [default: params.yaml's]")
 @click.option("--batch-size", type=int, default=8, show_default=True, help="Rows of block_size tokens.")
+@click.option("--accumulation-steps", type=int, default=1, show_default=True, help="Batches in an optimizer step.")
 @click.option("--steps", type=click.IntRange(2), required=True, help="Train on so many batches.")
 @click.option("--warmup", type=click.IntRange(1), default=1, show_default=True, help="Steps before the clock starts.")
 @click.option("--learning-rate", type=float, help="[default: params.yaml's]")
 @click.option("--dropout", type=float, help="Of the base and of LoRA.  [default: params.yaml's]")
 @click.option("--precision", type=click.Choice(params.PRECISIONS), help="[default: params.yaml's]")
 def main(base: Path, tokens: Path, method: str, bits: str, target: str, rank: int | None, **options) -> None:
-    """Measure the project's training."""
+    """Measure the project's training, in each process of a group if a launcher made one."""
+    work = functools.partial(measure, base, tokens, method, bits, target, rank, **options)
+    if "RANK" not in os.environ:
+        work()
+        return
+    from gpt2lora.distributed import group
+
+    with group.joined():
+        work()
+
+
+def measure(base: Path, tokens: Path, method: str, bits: str, target: str, rank: int | None, **options) -> None:
+    """Train, and print what was measured."""
     import numpy as np
     import torch
 
@@ -41,8 +56,9 @@ def main(base: Path, tokens: Path, method: str, bits: str, target: str, rank: in
 
     steps, warmup, batch_size, dropout = (options.pop(key) for key in ("steps", "warmup", "batch_size", "dropout"))
     train = params.section("train", TrainParams)
-    given = {key: value for key, value in options.items() if value is not None}  # learning_rate and precision
-    train = replace(train, epochs=1, batch_size=batch_size, accumulation_steps=1, validations=1, **given)
+    given = {key: value for key, value in options.items() if value is not None}  # learning_rate, ...
+    train = replace(train, epochs=1, batch_size=batch_size, validations=1, **given)
+    rows = batch_size * train.accumulation_steps  # of a step
     if train.compile == "auto":  # three epochs of WikiText-2 with GPT-2 124M are compiled; these steps alone are not
         train = replace(train, compile="always")
     lora = params.section("lora", LoraParams)
@@ -54,11 +70,9 @@ def main(base: Path, tokens: Path, method: str, bits: str, target: str, rank: in
     quantization = QuantizationParams(int(bits), "nf4", bits == "4") if method == "qlora" else None
 
     split = load_blocks(tokens, "train", ())
-    full = np.flatnonzero(split.lengths >= split.ids.shape[1] - 1)[
-        : steps * batch_size
-    ]  # as hf_trainer.py selects them
-    if len(full) < steps * batch_size:
-        raise StageError(f"--tokens {tokens}: {len(full)} full rows, expected {steps} steps of {batch_size}")
+    full = np.flatnonzero(split.lengths >= split.ids.shape[1] - 1)[: steps * rows]  # as hf_trainer.py selects them
+    if len(full) < steps * rows:
+        raise StageError(f"--tokens {tokens}: {len(full)} full rows, expected {steps} steps of {rows}")
     blocks = Blocks(split.ids[full], split.lengths[full])
 
     target_device = device.pick_device()
@@ -69,7 +83,7 @@ def main(base: Path, tokens: Path, method: str, bits: str, target: str, rank: in
     history = loop.fit(model, blocks, load_blocks(tokens, "validation", ()), train, 0)
     block_size = blocks.ids.shape[1] - 1
     record = {
-        "tokens_per_second": block_size * batch_size * (steps - warmup) / (times[-1] - times[warmup - 1]),
+        "tokens_per_second": block_size * rows * (steps - warmup) / (times[-1] - times[warmup - 1]),
         "peak_memory_bytes": device.peak_memory(target_device),
         "steps": len(times),
         "tokens": len(blocks) * block_size,

@@ -16,14 +16,16 @@ out  metrics/eval.json: for base and tuned, and as the change from one to the ot
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 import click
 
+from gpt2lora.distributed import launch
 from gpt2lora.evaluation import plots, report
 from gpt2lora.evaluation.metrics import compute_metrics, count_scored, warn_about_metrics, write_positions
 from gpt2lora.pipeline import environment, params
-from gpt2lora.pipeline.artifacts import MANIFEST, atomic_output, require_file, verify_digests
+from gpt2lora.pipeline.artifacts import MANIFEST, atomic_output, digests, require_file, verify_digests
 from gpt2lora.pipeline.cli import StageError, command, echo
 from gpt2lora.pipeline.context import choose_stride
 from gpt2lora.pipeline.schemas import EvaluateParams, check_params
@@ -41,9 +43,21 @@ from gpt2lora.pipeline.schemas import EvaluateParams, check_params
 )
 def main(raw: Path, tokens: Path, base: Path, adapter: Path, loss: Path, out: Path, positions: Path) -> None:
     """Score the test split under the base and the tuned model."""
+    work = partial(evaluate, raw, tokens, base, adapter, loss, out, positions)
+    launch.run("evaluate", check_params, partial(choose_gpus, base, tokens), work)
+
+
+def choose_gpus(base: Path, tokens: Path, free: int) -> tuple[int, str]:
+    """Return how many of the free GPUs to score on, and why."""
+    from gpt2lora.evaluation import gpus
+
+    return gpus.choose_gpus(base, tokens, params.section("evaluate", EvaluateParams).stride, free)
+
+
+def evaluate(raw: Path, tokens: Path, base: Path, adapter: Path, loss: Path, out: Path, positions: Path) -> None:
+    """Score in this process, alone or as one of a group."""
     started = time.perf_counter()
-    check_params()
-    evaluate = params.section("evaluate", EvaluateParams)
+    options = params.section("evaluate", EvaluateParams)
     from gpt2lora.dataset.blocks import read_token_manifest
     from gpt2lora.dataset.documents import find_split
     from gpt2lora.dataset.tokenizer import load_tokenizer
@@ -52,20 +66,24 @@ def main(raw: Path, tokens: Path, base: Path, adapter: Path, loss: Path, out: Pa
     plots.read_columns(plots.TRAINING_PLOTS, require_file(loss, "train"))  # a damaged file is reported before scoring
     manifest = read_token_manifest(tokens, base)
     verify_digests(raw, manifest["raw"], tokens / MANIFEST, "prepare tokenize")
-    stride = choose_stride(evaluate, manifest["block_size"])
+    stride = choose_stride(options, manifest["block_size"])
     text, tokenizer = read_test_text(raw), load_tokenizer(base, manifest["special_tokens"])
-    task = build_task(evaluate.protocol, stride, manifest, text, tokens, base)
+    task = build_task(options.protocol, stride, manifest, text, tokens, base)
     if len(task.windows) == 0 or task.words == 0:
         raise StageError(
             f"{find_split(raw, 'test')}: nothing to score: expected a word at least, and a token to predict"
         )
 
     echo("evaluate: loading torch and transformers")
+    from gpt2lora.distributed import group
     from gpt2lora.evaluation.samples import choose_prompts, generate_samples
     from gpt2lora.model import device, loading
     from gpt2lora.scoring.log_likelihood import score_windows
 
-    dtype = device.compute_dtype(evaluate.precision, device.pick_device())
+    target, processes = device.pick_device(), group.size()
+    facts = {f"files in {folder}": digests(folder) for folder in (raw, tokens, base, adapter)}
+    group.check_same(facts | {"parameters in params.yaml": vars(options)}, device.device_name(target))
+    dtype = device.compute_dtype(options.precision, target)
     prompts = choose_prompts(text, tokenizer, manifest["block_size"], manifest["prefix"])
     scores, metrics, samples = {}, {}, [prompts.ids]
     for name, load in (
@@ -73,12 +91,14 @@ def main(raw: Path, tokens: Path, base: Path, adapter: Path, loss: Path, out: Pa
         ("tuned", lambda: loading.load_tuned(base, adapter, dtype)),
     ):
         model = load()
-        scores[name] = score_windows(model, task.windows, evaluate.batch_size, dtype, f"test, {name}")
+        scores[name] = score_windows(model, task.windows, options.batch_size, dtype, f"test, {name}")
         metrics[name] = compute_metrics(scores[name], task)  # stops if the model is broken, which cannot generate
         samples.append(generate_samples(model, prompts, manifest["end_of_text_id"]))
         del model
         echo(f"evaluate: {name:6} " + "  ".join(f"{key} {value:.4f}" for key, value in metrics[name].items()))
         warn_about_metrics(name, metrics[name])
+    if not group.leave():
+        return
     metrics["change"] = {key: metrics["tuned"][key] - metrics["base"][key] for key in metrics["base"]}
     metrics |= count_scored(task)
 
@@ -92,8 +112,9 @@ def main(raw: Path, tokens: Path, base: Path, adapter: Path, loss: Path, out: Pa
     records = {stage: environment.read_record(folder, stage) for stage, folder in outputs.items()}
     facts = {
         "method": report.describe_method(*loading.read_method(adapter)),
-        "scored": report.describe_scoring(evaluate.protocol, manifest, stride, prefix),
+        "scored": report.describe_scoring(options.protocol, manifest, stride, prefix),
         "precision": str(dtype).removeprefix("torch."),
+        "processes": processes,
     }
     records["evaluate"] = environment.describe_run(started, **facts)
     decoded = [[tokenizer.decode(ids) for ids in column] for column in samples]

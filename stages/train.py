@@ -13,14 +13,17 @@ import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import click
 
+from gpt2lora.distributed import launch
 from gpt2lora.pipeline import environment, params
 from gpt2lora.pipeline.artifacts import atomic_output, prefetch_digests
 from gpt2lora.pipeline.cli import command, echo
 from gpt2lora.pipeline.schemas import METHODS, LoraParams, QuantizationParams, TrainParams, check_params
+from gpt2lora.training.gpus import check_processes, choose_gpus
 
 # In steps. A checkpoint of GPT-2 with an adapter of rank 16 takes 38 MB, one of all its weights 2 GB.
 DEFAULT_CHECKPOINT_INTERVAL = {"lora": 100, "qlora": 100, "full": 1000}
@@ -34,8 +37,13 @@ DEFAULT_CHECKPOINT_INTERVAL = {"lora": 100, "qlora": 100, "full": 1000}
 @click.option("--checkpoints", type=Path, default="data/.checkpoints", show_default=True, help="Folder of checkpoints.")
 def main(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path) -> None:
     """Train an adapter on the corpus and keep the one with the lowest validation loss."""
+    work = partial(train, tokens, base, out, metrics, checkpoints)
+    launch.run("train", check_params, lambda free: choose_gpus(read_params()[-1].accumulation_steps, free), work)
+
+
+def train(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path) -> None:
+    """Train in this process, alone or as one of a group."""
     started = time.perf_counter()
-    check_params()
     method, quantization, lora_params, options = read_params()
     seed = params.seed() if options.seed is None else options.seed
     echo("train: loading torch and transformers")
@@ -47,10 +55,12 @@ def main(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path) 
     # The GPU's driver starts beside the imports. If that fails, the first computation fails too, with a clear error.
     ThreadPoolExecutor(1).submit(device.warm_up)
     from gpt2lora.dataset.blocks import load_blocks, read_token_manifest
+    from gpt2lora.distributed import group
     from gpt2lora.model import layers, loading, lora
-    from gpt2lora.training import checkpoint, execution, model_card, oom, summary
+    from gpt2lora.training import checkpoint, model_card, oom, summary
     from gpt2lora.training.loop import fit
 
+    check_processes(options.accumulation_steps, group.size())
     prefix = read_token_manifest(tokens, base)["prefix"]
     if method != "full":
         layers.check_target_layers(base, lora_params)
@@ -58,7 +68,8 @@ def main(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path) 
     target = device.pick_device()
     dtype = device.compute_dtype(options.precision, target)
     precision = str(dtype).removeprefix("torch.")
-    echo(f"train: {method} on {device.device_name(target)}, {precision}")
+    name, processes = device.device_name(target), group.size()
+    echo(f"train: {method} on {f'{processes} x ' * (processes > 1)}{name}, {precision}")
     if options.deterministic and target.type == "cuda":
         device.make_deterministic()
     torch.manual_seed(seed)
@@ -68,12 +79,10 @@ def main(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path) 
 
     sections = {"quantization": quantization, "lora": lora_params, "train": options}
     values = {name: section and asdict(section) for name, section in sections.items()}
-    # CPUs differ in their kernels. On a GPU, compiled and other steps draw other random numbers.
-    cpu = [environment.cpu_name(), torch.backends.cpu.get_cpu_capability()]
-    hardware = [device.device_name(target), str(dtype)]
-    hardware.append(execution.missing_compile_requirement() if target.type == "cuda" else cpu)
     code = checkpoint.code_files(Path(__file__))
-    key = checkpoint.run_key(values | {"method": method, "seed": seed}, [tokens, base], code, hardware)
+    facts = checkpoint.run_facts(values | {"method": method, "seed": seed}, [tokens, base], code)
+    group.check_same(facts, name)
+    key = checkpoint.run_key(facts, checkpoint.hardware_facts(target, dtype))
     interval = options.checkpoint_every
     interval = DEFAULT_CHECKPOINT_INTERVAL[method] if interval is None else interval
     history = None
@@ -85,6 +94,8 @@ def main(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path) 
         pass  # handled below: until this clause ends, the error holds the memory of `fit`
     if history is None:
         raise oom.oom_error(model, train, options, dtype)
+    if not group.leave():
+        return
 
     record = summary.summarize_training(model, history)
     timings = summary.measure_speed(history, device.peak_memory(target))
@@ -105,7 +116,7 @@ def main(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path) 
         record_file.write_text(json.dumps(record, indent=2) + "\n")
         timings_file.write_text(json.dumps(timings, indent=2) + "\n")
         history.write_csv(metrics / "loss.csv")
-    environment.write_record(out, "train", started, method=method, precision=precision)
+    environment.write_record(out, "train", started, method=method, precision=precision, processes=processes)
     run.remove()
     summary.echo_result(record, timings)
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from gpt2lora.dataset.blocks import Blocks
+from gpt2lora.distributed import group
 from gpt2lora.model.computation_errors import computation_errors
 from gpt2lora.model.head import (
     OutputHead,
@@ -56,7 +57,7 @@ def validation_loss(
     Args:
         batch_size: rows of a training batch. VALIDATION_ROWS times as many are read at once, at most BATCH_TOKENS.
         label: of the progress bar.
-        stops: tells before each batch whether to stop.
+        stops: tells before each batch whether to stop; None in a group, whose processes do not stop by themselves.
 
     Raises:
         ScoringStopped: `stops` returned true.
@@ -100,7 +101,8 @@ def score_tokens(
 
     The tokens are in the order of the windows. The model is in evaluation mode, and its layers compute in `dtype`.
     Logits are computed in the type of its weights, fp32 or fp64, and only for scored tokens, CHUNK_TOKENS at a time. On
-    a GPU in bf16, fp32 logits are computed from factors rounded to TF32.
+    a GPU in bf16, fp32 logits are computed from factors rounded to TF32. In a group, the batches are dealt out: they do
+    not depend on the number of processes, and the scores of all are put together before they are summed.
     """
     device = next(model.parameters()).device
     body, head = body_and_head(model)
@@ -118,12 +120,16 @@ def score_tokens(
     order = np.argsort(-windows.lengths, kind="stable")
     batches = np.split(order, range(batch_size, len(order), batch_size))
     # Allocate results at once: many small ones between large logits keep the CPU's memory from being given back.
-    values, done = torch.empty(len(scores), int(windows.counts.sum()), dtype=float_type, device=device), 0
+    counts = windows.counts
+    values = torch.zeros(len(scores), int(counts.sum()), dtype=float_type, device=device)
+    starts = np.cumsum([0, *(counts[batch].sum() for batch in batches)])  # of each batch's scores in `values`
+    own = range(group.rank(), len(batches), group.size())
     with _allow_tf32(device.type == "cuda" and dtype == torch.bfloat16):
-        for batch in tqdm(batches, label, unit="batch", position=0, leave=False):
+        for number in tqdm(own, label, unit="batch", position=0, leave=False):
             if stops and stops():
                 model.train(was_training)
                 raise ScoringStopped
+            batch, done = batches[number], int(starts[number])
             inputs, positions, targets = (to_device(array, device) for array in window_batch(windows, batch))
             with autocast(sample, dtype):
                 outputs = body_outputs(body, inputs)
@@ -136,10 +142,10 @@ def score_tokens(
                 del logits  # before the next batch is read
     model.train(was_training)
     # Sort the scores from the order of the batches into that of the windows.
-    ends = np.cumsum(windows.counts)
+    ends = np.cumsum(counts)
     sources = np.empty(ends[-1], np.int64)
-    sources[concatenate_ranges((ends - windows.counts)[order], windows.counts[order])] = np.arange(ends[-1])
-    return list(values.cpu().numpy()[:, sources])
+    sources[concatenate_ranges((ends - counts)[order], counts[order])] = np.arange(ends[-1])
+    return list(group.combine(values).cpu().numpy()[:, sources])
 
 
 def window_batch(windows: Windows, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -2,7 +2,8 @@
 
 Each run has a folder named by a hash of everything that decides its result, so that no run resumes from another's
 checkpoint. A checkpoint is one safetensors file, STEP-DIGEST.safetensors. The SHA-256 in its name tells whether it is
-complete.
+complete. It holds no state of random number generators, which each micro-batch seeds, and nothing that depends on the
+number of processes: rank 0 writes it, and any number of processes resume from it.
 """
 
 import contextlib
@@ -22,8 +23,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load, save
 
+from gpt2lora.distributed import group
+from gpt2lora.model.device import device_name
+from gpt2lora.pipeline import environment
 from gpt2lora.pipeline.artifacts import atomic_output, digests, file_digest
 from gpt2lora.pipeline.cli import echo
+from gpt2lora.training.execution import missing_compile_requirement
 
 CHECKPOINTS_KEPT = 2
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "numpy")  # their versions decide the bits of a result
@@ -42,6 +47,10 @@ class Checkpoints:
     def is_due(self, step: int, stopping: bool) -> bool:
         """Tell whether to write a checkpoint after this step."""
         return self.interval > 0 and (step % self.interval == 0 or stopping)
+
+    def stop_requested(self) -> int:
+        """Return the signal that asked one of the processes to stop, or 0: the same in all of them."""
+        return group.largest([self.caught[0] if self.caught else 0])[0]
 
     def write(
         self,
@@ -62,9 +71,11 @@ class Checkpoints:
         Raises:
             StageError: the disk was full when the checkpoint before was written; older ones are still there.
         """
+        if not group.is_main():
+            return
         self.wait()
         tensors = collect_tensors(trained, optimizer, best, losses)
-        self.writing = self.writer.submit(self.write_file, step, tensors, json.dumps(record))
+        self.writing = self.writer.submit(self.write_file, step, tensors, json.dumps(record | {"step": step}))
 
     def wait(self) -> None:
         """Wait until the last checkpoint is written, and raise its error if it failed."""
@@ -87,16 +98,23 @@ class Checkpoints:
 
         A damaged checkpoint is reported and removed. Without any, return None.
         """
+        content = group.broadcast_bytes(self.read_newest() if group.is_main() else None)
+        if content is None:
+            return None
+        # The header of a safetensors file: its length in 8 bytes, then JSON.
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        record = json.loads(header["__metadata__"]["record"])
+        best, losses = restore_tensors(load(content), trained, optimizer)
+        return record["step"], best, losses, record
+
+    def read_newest(self) -> bytes | None:
+        """Return the content of the newest complete checkpoint, or None without any."""
         for unfinished in self.folder.glob(".*"):  # of a run that was killed while it wrote
             unfinished.unlink()
         for file in self.files() if self.interval else []:
-            step, expected = file.stem.split("-")
             content = file.read_bytes()
-            if short_digest(content) == expected:
-                # The header of a safetensors file: its length in 8 bytes, then JSON.
-                header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-                best, losses = restore_tensors(load(content), trained, optimizer)
-                return int(step), best, losses, json.loads(header["__metadata__"]["record"])
+            if short_digest(content) == file.stem.split("-")[1]:
+                return content
             echo(f"train: warning: {file} is damaged: skipped and removed")
             file.unlink()
         return None
@@ -105,16 +123,17 @@ class Checkpoints:
         """Return the files of all checkpoints, the newest first."""
         return sorted(self.folder.glob("[0-9]*-*.safetensors"), reverse=True)
 
-    def stop(self, step: int, steps: int) -> None:
-        """Exit with 130 after SIGINT, with 143 after SIGTERM."""
+    def stop(self, step: int, steps: int, number: int) -> None:
+        """Exit with 130 after SIGINT, with 143 after SIGTERM, as soon as the last checkpoint is written."""
         self.wait()
+        group.barrier()
         kept = f"checkpoint in {self.folder}: run the same command to resume"
         if not self.interval:
             kept = "no checkpoint, since train.checkpoint_every is 0"
         elif not self.files():
             kept = "nothing was trained yet"
         echo(f"train: stopped after step {step} of {steps}; {kept}")
-        raise SystemExit(128 + self.caught[0])
+        raise SystemExit(128 + number)
 
     def remove(self) -> None:
         """Remove the run's folder, and its parent unless that holds other runs."""
@@ -124,20 +143,35 @@ class Checkpoints:
             self.folder.parent.rmdir()
 
 
-def run_key(parameters: dict, folders: Iterable[Path], code: Iterable[Path], device: object) -> str:
-    """Return 16 hex digits that identify everything that decides a run's result.
+def run_facts(parameters: dict, folders: Iterable[Path], code: Iterable[Path]) -> dict[str, str]:
+    """Return digests, by name, of everything that decides a run's result, apart from the hardware.
 
     Args:
         parameters: all parameters that the run reads.
         folders: the inputs; the name and the content of each file count.
         code: Python files; name and content count.
-        device: the hardware, as JSON can hold it: other kernels round differently.
     """
     versions = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
-    facts = [parameters, versions, device]
-    facts += [digests(folder) for folder in folders]
-    facts += [[file.name, file_digest(file)] for file in sorted(code)]
-    return short_digest(json.dumps(facts, sort_keys=True).encode())
+    facts = {"parameters in params.yaml": parameters, "versions of packages": versions}
+    facts |= {f"files in {folder}": digests(folder) for folder in folders}
+    facts["code"] = [[file.name, file_digest(file)] for file in sorted(code)]
+    return {name: short_digest(json.dumps(fact, sort_keys=True).encode()) for name, fact in facts.items()}
+
+
+def run_key(facts: dict[str, str], device: object) -> str:
+    """Return 16 hex digits that identify a run.
+
+    Args:
+        facts: from `run_facts`.
+        device: the hardware, as JSON can hold it: other kernels round differently. Not the number of processes.
+    """
+    return short_digest(json.dumps([*facts.values(), device], sort_keys=True).encode())
+
+
+def hardware_facts(device: torch.device, dtype: torch.dtype) -> list:
+    """Return what decides a run's kernels. CPUs differ in them; on a GPU, compiled steps draw other random numbers."""
+    cpu = [environment.cpu_name(), torch.backends.cpu.get_cpu_capability()]
+    return [device_name(device), str(dtype), missing_compile_requirement() if device.type == "cuda" else cpu]
 
 
 def code_files(script: Path) -> set[Path]:
@@ -163,8 +197,9 @@ def catch_signals() -> Iterator[list[int]]:
     def catch(number: int, _) -> None:
         caught.append(number)
         restore()
-        # Not print, which must not be called again while the signal interrupts it.
-        os.write(2, b"\ntrain: stopping after this step or batch; a second signal stops at once\n")
+        if group.size() == 1:  # in a group it may be the launcher's, after another process failed
+            # Not print, which must not be called again while the signal interrupts it.
+            os.write(2, b"\ntrain: stopping after this step or batch; a second signal stops at once\n")
 
     before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -186,16 +221,13 @@ def collect_tensors(
     }
     if losses:
         tensors["losses"] = torch.stack(losses)
-    tensors["random.cpu"] = torch.get_rng_state()
-    if trained[0].is_cuda:
-        tensors["random.cuda"] = torch.cuda.get_rng_state(trained[0].device)
     return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
 
 
 def restore_tensors(
     tensors: dict[str, torch.Tensor], trained: list[torch.Tensor], optimizer: torch.optim.Optimizer
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Restore `trained`, `optimizer` and the random number generators; return best and losses."""
+    """Restore `trained` and `optimizer`; return best and losses."""
     device = trained[0].device
     with torch.no_grad():
         for index, value in enumerate(trained):
@@ -206,8 +238,5 @@ def restore_tensors(
             _, index, key = name.split(".")
             state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    torch.set_rng_state(tensors["random.cpu"])
-    if "random.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["random.cuda"], device)
     best = [tensors[f"best.{index}"] for index in range(len(trained)) if f"best.{index}" in tensors]
     return best, list(tensors["losses"].to(device)) if "losses" in tensors else []

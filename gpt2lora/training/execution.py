@@ -21,6 +21,7 @@ import torch._functorch.config as autograd_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpt2lora.dataset.blocks import Blocks
+from gpt2lora.distributed import group
 from gpt2lora.model.computation_errors import computation_errors
 from gpt2lora.model.errors import first_line
 from gpt2lora.model.head import body_and_head
@@ -55,6 +56,7 @@ class Backward:
     # The context of other computations between two batches, such as validation, that leave nothing on the device: they
     # use the memory that the next replay overwrites.
     share_memory: Callable[[], AbstractContextManager] = contextlib.nullcontext
+    overwrites: bool = False  # a call writes its gradients into the same memory as the one before
 
     def __call__(self, inputs: torch.Tensor, targets: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
         return self.compute(inputs, targets, count)
@@ -65,7 +67,8 @@ def prepare_backward(
 ) -> Backward:
     """Choose how to compute gradients, print the choice and its reason, and compile and capture what is needed.
 
-    The state of the random number generators does not change.
+    The state of the random number generators does not change. In a group all processes take the same: other kernels
+    would give other bytes.
 
     Args:
         compiled: train.compile: "auto", "always" or "never".
@@ -75,15 +78,18 @@ def prepare_backward(
     mode, reason = choose_execution(model, train, steps * shape[0] * shape[1], compiled, device)
     random_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     for attempt in MODES[MODES.index(mode) : -1]:
+        backward, failure = None, "in another process"
         try:
             backward = captured_backward(model, attempt == "compiled", shape, dtype)
-            echo(f"train: {attempt} steps: {reason}")
-            return backward
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a compiler raises many types
-            reason = f"{attempt} ones fail: {type(error).__name__}: {first_line(error)}"
+            failure = f"{type(error).__name__}: {first_line(error)}"
         # Not in the clause above: until it ends, the error keeps what the attempt allocated.
+        if not group.largest([int(backward is None)])[0]:
+            echo(f"train: {attempt} steps: {reason}")
+            return backward
+        backward, reason = None, f"{attempt} ones fail: {failure}"
         restore_eager(model, device, random_state)
     echo(f"train: eager steps: {reason}")
     return eager_backward(model, dtype)
@@ -100,7 +106,7 @@ def captured_backward(model: torch.nn.Module, compiled: bool, shape: tuple[int, 
         replay, share_memory = capture_cuda_graph(model, make_backward(model, dtype, softmax), shape, device)
     if compiled:
         shut_down_compile_workers()
-    return Backward(replay, device, shape, share_memory)
+    return Backward(replay, device, shape, share_memory, overwrites=True)
 
 
 def restore_eager(model: torch.nn.Module, device: torch.device, random_state: torch.Tensor) -> None:
@@ -214,7 +220,8 @@ def capture_cuda_graph(
     model.zero_grad()
     torch.cuda.empty_cache()
     graph, pool = torch.cuda.CUDAGraph(), torch.cuda.MemPool()
-    with torch.cuda.graph(graph, pool.id, stream):  # the same stream: cuBLAS holds memory for each stream
+    # The same stream: cuBLAS holds memory for each stream. Other threads, such as NCCL's watchdog, go on meanwhile.
+    with torch.cuda.graph(graph, pool.id, stream, capture_error_mode="thread_local"):
         nll = compute(inputs, targets, count)
     written = [parameter.grad for parameter in trained]
     model.zero_grad()

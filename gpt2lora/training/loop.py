@@ -13,15 +13,16 @@ import torch
 from tqdm import tqdm
 
 from gpt2lora.dataset.blocks import Blocks
+from gpt2lora.distributed import group
 from gpt2lora.model.computation_errors import computation_errors
 from gpt2lora.model.device import compute_dtype
 from gpt2lora.model.head import check_head
 from gpt2lora.pipeline.cli import echo
 from gpt2lora.pipeline.schemas import TrainParams
-from gpt2lora.training import progress
+from gpt2lora.training import progress, reduction
+from gpt2lora.training.accumulation import MicroBatch, accumulate_gradients, run_length, split_step
 from gpt2lora.training.divergence import check_finite, check_gradient_norms
 from gpt2lora.training.execution import Backward, prepare_backward
-from gpt2lora.training.loss import make_batch
 from gpt2lora.training.optimizer import lr_at_step, make_optimizer, set_lr
 from gpt2lora.training.state import History, TrainState
 from gpt2lora.training.validation import first_state, stop_check, validate
@@ -77,7 +78,8 @@ def fit(
             # Copy the losses before this step and read them after it is launched: so the device is never idle.
             losses = fetch_losses_async(state) if state.norms and state.step % LOG_INTERVAL == 0 else None
             lr = lr_at_step(state.step + 1, steps, options)
-            loss, norm = train_step(backward, optimizer, trained, train, rows, lr, options)
+            micro_batches = split_step(rows, options.batch_size, seed, state.step + 1)
+            loss, norm = train_step(backward, optimizer, trained, train, micro_batches, lr, options)
             if losses:
                 log_progress(state, losses, bar)
             state.add_step(loss, norm, train.count_targets(rows))
@@ -90,15 +92,15 @@ def fit(
                 state.unvalidated = float(norm)
                 validate(model, validation, backward, state, steps, trained, options, dtype, stops)
                 state.start_clock()
-                if loss_file and not state.stopping:
+                if loss_file and group.is_main() and not state.stopping:
                     state.history.write_csv(loss_file)
-            state.stopping = bool(checkpoints and checkpoints.caught)
-            if checkpoints and checkpoints.is_due(state.step, state.stopping):
+            state.stopping = checkpoints.stop_requested() if checkpoints else 0
+            if checkpoints and checkpoints.is_due(state.step, bool(state.stopping)):
                 save_checkpoint(checkpoints, state, trained, optimizer, bar)
             if state.stopping:
                 break
     if state.stopping:
-        checkpoints.stop(state.step, steps)
+        checkpoints.stop(state.step, steps, state.stopping)
     load_values(trained, state.best_values)
     return state.history
 
@@ -122,30 +124,21 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     trained: list[torch.Tensor],
     train: Blocks,
-    rows: np.ndarray,
+    batches: list[MicroBatch],
     lr: float,
     options: TrainParams,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Train on some rows; return their summed loss in nats and the norm of the gradient before clipping."""
-    loss = accumulate_gradients(backward, train, rows, options.batch_size)
+    """Train on some micro-batches; return their summed loss in nats and the norm of the gradient before clipping."""
+    count = sum(train.count_targets(batch.rows) for batch in batches)
+    block = options.accumulation_steps // group.size()  # micro-batches of a process
+    own = batches[group.rank() * block : (group.rank() + 1) * block]
+    loss = accumulate_gradients(backward, trained, train, own, count, run_length(options.accumulation_steps))
+    reduction.sum_over_processes(trained, loss, present=math.ceil(len(batches) / block))
     norm = torch.nn.utils.clip_grad_norm_(trained, options.clip_norm)
     set_lr(optimizer, lr)
     optimizer.step()
     optimizer.zero_grad()
     return loss, norm
-
-
-def accumulate_gradients(backward: Backward, train: Blocks, rows: np.ndarray, batch_size: int) -> torch.Tensor:
-    """Add up the gradient of the mean loss over all targets of a step; return the summed loss in nats.
-
-    The sum of each batch is divided by the number of targets of the whole step. A mean of the batches' means would give
-    the targets of a batch with fewer of them more weight.
-    """
-    count = torch.full((), train.count_targets(rows), dtype=torch.float32, device=backward.device)
-    total = torch.zeros((), device=backward.device)
-    for part in np.split(rows, range(batch_size, len(rows), batch_size)):
-        total += backward(*make_batch(train, part, backward.device, backward.shape), count)
-    return total
 
 
 def fetch_losses_async(state: TrainState) -> Callable[[], tuple[list[float], list[float], float]]:

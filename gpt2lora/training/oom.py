@@ -8,7 +8,7 @@ import torch
 
 from gpt2lora.pipeline.cli import StageError
 from gpt2lora.training import execution
-from gpt2lora.training.loop import accumulate_gradients
+from gpt2lora.training.accumulation import accumulate_gradients, split_step
 
 if TYPE_CHECKING:
     from gpt2lora.dataset.blocks import Blocks
@@ -51,17 +51,18 @@ def measure_memory(model: torch.nn.Module, train: "Blocks", dtype: torch.dtype) 
     Raises:
         torch.OutOfMemoryError: one row does not fit.
     """
-    longest = np.array([train.lengths.argmax()])
+    longest = split_step(np.array([train.lengths.argmax()]), 1, 0, 1)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.train()  # a validation that ran out of memory leaves it in evaluation mode
     execution.wait_for_compile_workers()
     model.zero_grad()  # gradients of a captured graph keep its memory reserved
     torch.cuda.empty_cache()
     available = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
     backward = execution.eager_backward(model, dtype)
-    accumulate_gradients(backward, train, longest, 1)  # creates the gradients, and compiles layers for one row
+    accumulate_gradients(backward, trained, train, longest, 1)  # creates the gradients, and compiles layers for one row
     torch.cuda.reset_peak_memory_stats()
     allocated = torch.cuda.memory_allocated()
-    accumulate_gradients(backward, train, longest, 1)
+    accumulate_gradients(backward, trained, train, longest, 1)
     row = torch.cuda.max_memory_allocated() - allocated
     state = 2 * sum(value.numel() * value.element_size() for value in model.parameters() if value.requires_grad)
     return allocated + state, row, available

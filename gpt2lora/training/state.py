@@ -41,7 +41,7 @@ class TrainState:
     norms: list[torch.Tensor] = field(default_factory=list)  # of the gradients since the last log; on the device
     lowest_norm: float = math.inf  # lowest usual norm of the gradient
     clock: float = 0.0  # time.perf_counter() up to which history.seconds counts
-    stopping: bool = False  # a signal asked to stop
+    stopping: int = 0  # the signal that asked to stop
     unvalidated: float | None = None  # norm of the last step's gradient, while its validation is not done
     validation_seconds: float | None = None  # of the validation before training, if this process did it
 

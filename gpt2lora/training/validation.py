@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from gpt2lora.dataset.blocks import Blocks
+from gpt2lora.distributed import group
 from gpt2lora.model.computation_errors import computation_errors
 from gpt2lora.pipeline.schemas import TrainParams
 from gpt2lora.scoring.log_likelihood import ScoringStopped, validation_loss
-from gpt2lora.training import progress
+from gpt2lora.training import progress, reduction
 from gpt2lora.training.divergence import check_finite
 from gpt2lora.training.execution import Backward
 from gpt2lora.training.optimizer import lr_at_step
@@ -36,16 +37,22 @@ def first_state(
         with computation_errors(model, dtype, "train.precision"):
             loss = validation_loss(model, validation, options.batch_size, dtype, label, stop_check(checkpoints))
     except ScoringStopped:
-        checkpoints.stop(0, steps)
+        checkpoints.stop(0, steps, checkpoints.caught[0])
     state = TrainState(0, History([], loss, {"validation_loss": math.inf}, 0, 0.0), [], [], [])
     state.validation_seconds = time.perf_counter() - started
     progress.echo_validation_time(state.validation_seconds, options, steps)
     return state
 
 
-def stop_check(checkpoints: "Checkpoints | None") -> Callable[[], bool]:
-    """Return a function that tells whether a signal asked to stop."""
-    return lambda: bool(checkpoints and checkpoints.caught)
+def stop_check(checkpoints: "Checkpoints | None") -> Callable[[], int] | None:
+    """Return a function that returns the signal that asked to stop, or 0; None if nothing may end a validation.
+
+    In a group a signal may reach one process alone, and the others would wait for its scores. They agree on it after
+    the step, when the validation is done.
+    """
+    if not checkpoints or group.size() > 1:
+        return None
+    return lambda: checkpoints.caught[0] if checkpoints.caught else 0
 
 
 def validate(
@@ -57,18 +64,19 @@ def validate(
     trained: list[torch.Tensor],
     options: TrainParams,
     dtype: torch.dtype,
-    stops: Callable[[], bool],
+    stops: Callable[[], int] | None,
 ) -> None:
     """Add the validation after a step to the state; stop if its loss is not finite.
 
     A signal ends it at its next batch. Then `state.unvalidated` stays set, and a resumed run begins with it.
     """
+    group.check_same({"values of the trained parameters": reduction.checksum([value.detach() for value in trained])})
     label = f"validation at step {state.step}"
     try:
         with backward.share_memory():
             loss = validation_loss(model, validation, options.batch_size, dtype, label, stops)
     except ScoringStopped:
-        state.stopping = True
+        state.stopping = stops()
         return
     check_finite([loss], state.step, "validation loss")
     state.add_validation(loss, lr_at_step(state.step, steps, options), state.unvalidated, trained)

@@ -6,7 +6,7 @@ import torch
 
 from gpt2lora.dataset import blocks
 from gpt2lora.model.device import pick_device
-from gpt2lora.training import execution, loop
+from gpt2lora.training import accumulation, execution
 
 END = 0  # <|endoftext|> of the tiny tokenizer, which is the padding, too
 LENGTHS = [17, 3, 9, 2, 12, 17, 5, 6, 8, 2, 11]
@@ -42,5 +42,7 @@ def step_gradients(
     network.eval()
     network.zero_grad()
     backward = execution.eager_backward(network, torch.float32)
-    nll = loop.accumulate_gradients(backward, split, rows, batch_size)
+    trained = [value for value in network.parameters() if value.requires_grad]
+    batches = accumulation.split_step(rows, batch_size, 0, 1)
+    nll = accumulation.accumulate_gradients(backward, trained, split, batches, split.count_targets(rows))
     return float(nll), {name: value.grad.clone() for name, value in network.named_parameters() if value.requires_grad}

@@ -15,9 +15,10 @@ MAY_IMPORT = {
     "sample": {"pipeline"},
     "dataset": {"pipeline"},
     "corpus": {"dataset", "sources", "pipeline"},
+    "distributed": {"pipeline"},
     "model": {"dataset", "sources", "sample", "pipeline"},
-    "scoring": {"model", "dataset", "sources", "sample", "pipeline"},
-    "training": {"scoring", "model", "dataset", "sources", "sample", "pipeline"},
+    "scoring": {"distributed", "model", "dataset", "sources", "sample", "pipeline"},
+    "training": {"distributed", "scoring", "model", "dataset", "sources", "sample", "pipeline"},
     "evaluation": {"scoring", "model", "dataset", "sources", "sample", "pipeline"},
     "commands": {"training", "evaluation", "scoring", "model", "dataset", "sources", "sample", "pipeline"},
 }

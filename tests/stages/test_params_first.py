@@ -80,8 +80,8 @@ def test_the_check_is_quick_and_needs_no_heavy_package():
 
 
 def test_a_user_s_own_preset_is_allowed(stage_folder):
-    values = {"model": "m", "model_revision": None, "dataset": "d", "dataset_config": None, "dataset_revision": None}
-    values["text_column"] = None
+    values = {"model": "m", "model_revision": None, "dataset": "d", "dataset_config": None}
+    values |= {"dataset_revision": None, "text_column": None}
     text = (stage_folder / "params.yaml").read_text()
     lines = "".join(f"    {key}: {value or 'null'}\n" for key, value in values.items())
     (stage_folder / "params.yaml").write_text(text.replace("presets:\n", f"presets:\n  mine:\n{lines}"))

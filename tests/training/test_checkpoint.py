@@ -246,7 +246,7 @@ def test_the_key_covers_parameters_inputs_code_and_device(tmp_path, monkeypatch)
     code.write_text("code")
 
     def key(lr: float = 1e-3, device: str = "CPU") -> str:
-        return checkpoint.run_key({"train": {"learning_rate": lr}}, [folder], [code], device)
+        return checkpoint.run_key(checkpoint.run_facts({"train": {"learning_rate": lr}}, [folder], [code]), device)
 
     keys = [key(), key(lr=1.0000001e-3), key(device="GPU")]
     assert key() == keys[0]

@@ -38,10 +38,10 @@ def test_too_little_memory_names_a_batch_size_that_fits(tiny_model, tmp_path, mo
 def small_gpu(monkeypatch):
     """A simulated GPU on which steps of more than 4 rows do not fit: a row takes 1 MB, all else 2 MB."""
 
-    def limited_accumulate(backward, train, rows, batch_size):
-        if batch_size > 4:
+    def limited_accumulate(backward, trained, train, batches, *others):
+        if len(batches[0].rows) > 4:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
-        return accumulate(backward, train, rows, batch_size)
+        return accumulate(backward, trained, train, batches, *others)
 
     accumulate = loop.accumulate_gradients
     monkeypatch.setattr(loop, "accumulate_gradients", limited_accumulate)

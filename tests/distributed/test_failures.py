@@ -1,0 +1,150 @@
+"""A process of a group fails: all end within 30 s, one line says why, and nothing is half written."""
+
+import signal
+
+import pytest
+import tiny
+from training_runs import read_outputs
+
+from gpt2lora.training import checkpoint
+
+AT_STEP_5 = """
+import errno, os, signal
+from datetime import timedelta
+from gpt2lora.distributed import failure, group
+from gpt2lora.training import checkpoint, loop
+
+failure.GRACE = 1.0
+
+def at_step_5(action):
+    def lr_and_action(step, *others):
+        if step == 5:
+            action()
+        return lr_at_step(step, *others)
+
+    lr_at_step, loop.lr_at_step = loop.lr_at_step, lr_and_action
+
+def send(number):
+    at_step_5(lambda: os.kill(os.getpid(), number))
+
+def fail(error):
+    def raise_error(*_):
+        raise error
+    return raise_error
+"""
+
+
+@pytest.fixture
+def fail_group(training_folder, run_group):
+    """A function that runs train in two processes with some code first; it returns all errors that were printed."""
+    for key, value in {"train.accumulation_steps": 2, "train.batch_size": 8}.items():
+        tiny.set_param(training_folder, key, value)
+
+    def run(setup: str, stopped: int = 0) -> list[str]:
+        result = run_group(training_folder, "train", 2, setup=AT_STEP_5 + setup)
+        assert result["seconds"] < 30
+        assert all(result["codes"]), result["printed"]
+        if stopped:
+            assert result["codes"] == [128 + stopped] * 2
+        assert not (training_folder / "data/adapter").exists()
+        for file in training_folder.glob("data/.checkpoints/*/[0-9]*"):
+            assert checkpoint.short_digest(file.read_bytes()) == file.stem.split("-")[1]
+        lines = [line for printed in result["printed"] for line in printed.splitlines()]
+        assert not any("Traceback" in line for line in lines), lines
+        return [line for line in lines if line.startswith("Error: ") or "stopped after" in line]
+
+    return run
+
+
+SLOW = pytest.mark.slow
+FAILURES = [
+    ("if rank == 1: send(signal.SIGKILL)", "rank 1 of 2 ended without a word"),
+    pytest.param("if rank == 0: send(signal.SIGKILL)", "rank 0 of 2 ended", marks=SLOW),
+    pytest.param(
+        'if rank == 1: at_step_5(fail(RuntimeError("DefaultCPUAllocator: can\'t allocate memory")))',
+        "Error: rank 1 of 2: out of memory on the CPU",
+        marks=SLOW,
+    ),
+    pytest.param(
+        "if rank == 0: checkpoint.Checkpoints.write_file = fail(OSError(errno.ENOSPC, 'No space left on device'))",
+        "Error: rank 0 of 2: No space left on device",
+        marks=SLOW,
+    ),
+    pytest.param(
+        "group.TIMEOUT = timedelta(seconds=5)\nif rank == 1: send(signal.SIGSTOP)",
+        "rank 1 of 2 does not answer",
+        marks=SLOW,
+    ),
+    pytest.param(
+        "at_step_5(fail(group.StageError('the same in all')))", "Error: rank 0 of 2: the same in all", marks=SLOW
+    ),
+]
+
+
+@pytest.mark.parametrize(("setup", "expected"), FAILURES)
+def test_a_failure_ends_all_processes_in_one_line(fail_group, setup, expected):
+    (line,) = fail_group(setup)
+    assert expected in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("setup", "number"),
+    [("send(signal.SIGINT)", signal.SIGINT), ("if rank == 1: send(signal.SIGTERM)", signal.SIGTERM)],
+    ids=["SIGINT to all", "SIGTERM to one"],
+)
+def test_a_signal_stops_all_processes_after_the_same_step(fail_group, training_folder, run_group, setup, number):
+    (line,) = fail_group(setup, number)
+    assert line.startswith("train: stopped after step 5 of 16; checkpoint in ")
+    assert list(training_folder.glob("data/.checkpoints/*/00000005-*"))
+    result = run_group(training_folder, "train", 2)
+    assert "resuming after step 5" in result["printed"][0]
+    assert len(read_outputs(training_folder)) >= 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("setup", "expected"),
+    [
+        ("if rank: os.chdir(os.getcwd() + '/../other')", "rank 1 has other parameters in params.yaml than rank 0"),
+        ("if rank: checkpoint.version = lambda name: '0'", "rank 1 has other versions of packages than rank 0"),
+        ("if rank: checkpoint.code_files = lambda script: {script}", "rank 1 has other code than rank 0"),
+    ],
+)
+def test_processes_that_differ_are_refused(fail_group, training_folder, copy_of, setup, expected):
+    copy_of(training_folder, "other", {"train.learning_rate": 1e-3})
+    (line,) = fail_group(setup)
+    assert line == f"Error: rank 0 of 2: {expected}: give all processes the same"
+
+
+@pytest.mark.slow
+def test_a_wrong_parameter_is_refused_by_one_process(fail_group, training_folder):
+    tiny.set_param(training_folder, "train.epochs", 0)
+    (line,) = fail_group("")
+    assert line.startswith("Error: rank 0 of 2: params.yaml: train.epochs")
+
+
+@pytest.mark.slow
+def test_a_group_that_does_not_come_together_is_reported(fail_group):
+    lines = fail_group("del os.environ['MASTER_ADDR']")
+    assert len(lines) == 2, "no process knows of the others"
+    lines += fail_group("group.JOIN_TIMEOUT = timedelta(seconds=3)\nos.environ['MASTER_PORT'] = str(9 + rank)")
+    assert all("the group of processes did not come together" in line for line in lines), lines
+    assert all(line.endswith("torchrun, or unset RANK to run a single process") for line in lines)
+
+
+@pytest.mark.slow
+def test_processes_that_a_step_cannot_be_dealt_out_to(training_folder, run_group):
+    result = run_group(training_folder, "train", 2)
+    assert result["codes"] == [1, 1]
+    (line,) = [line for printed in result["printed"] for line in printed.splitlines() if "Error" in line]
+    assert "2 processes were started, but train.accumulation_steps 1 is dealt out to" in line
+
+
+@pytest.mark.slow
+def test_devices_of_different_models_are_warned_of(training_folder, run_group):
+    tiny.set_param(training_folder, "train.accumulation_steps", 2)
+    setup = "from gpt2lora.model import device\ndevice.device_name = lambda _: ('NVIDIA A', 'NVIDIA B')[rank]"
+    result = run_group(training_folder, "train", 2, setup=setup)
+    assert result["codes"] == [0, 0], result["printed"]
+    assert "warning: devices of different models (NVIDIA A, NVIDIA B): bytes may differ" in result["printed"][0]
