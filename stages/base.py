@@ -16,7 +16,7 @@ import click
 from gpt2lora.pipeline import environment, params
 from gpt2lora.pipeline.artifacts import MANIFEST, atomic_output, digests
 from gpt2lora.pipeline.cli import StageError, command, echo
-from gpt2lora.pipeline.context import read_config
+from gpt2lora.pipeline.context import check_floats, read_config
 from gpt2lora.pipeline.schemas import LoraParams, check_context, check_params
 from gpt2lora.sources import hub, local
 from gpt2lora.sources.hub import CONFIG_FILES
@@ -50,14 +50,15 @@ def main(out: Path) -> None:
             source = local.resolve_local_path(key, preset.model, preset.model_revision)
             echo(f"base: copying {source}" if source else f"base: fetching {preset.model} at {preset.model_revision}")
             origin = {"model": os.path.abspath(source) if source else preset.model, "revision": preset.model_revision}
-            config = source or hub.fetch_config(preset.model, preset.model_revision)
-            check_context(read_config(config, preset.model))
-            check_layers(config)
+            config_folder = source or hub.fetch_config(preset.model, preset.model_revision)
+            config = read_config(config_folder, preset.model)
+            check_floats(config, preset.model)
+            check_context(config)
+            check_layers(config_folder)
             copy_model(source or hub.fetch_model(preset.model, preset.model_revision), folder)
         check_weights(folder, preset.model)
         write_fast_tokenizer(folder, preset.model)
         size = check_vocabulary(folder, preset.model)
-        check_floats(folder, preset.model)
         check_code(folder, preset.model)
         (folder / MANIFEST).write_text(json.dumps({"source": origin, "files": digests(folder)}, indent=2) + "\n")
     environment.write_record(out, "base", started, preset=name, model=preset.model, revision=preset.model_revision)
@@ -95,17 +96,6 @@ def check_weights(folder: Path, name: str) -> None:
                 pass
         except SafetensorError as error:
             raise StageError(f"{name}: {file.name} is damaged, or a pointer of Git LFS: {error}") from error
-
-
-def check_floats(folder: Path, name: str) -> None:
-    """Refuse weights that are quantized already: `train` quantizes floats, and knows how."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise StageError(
-            f"{name}: its weights are quantized already (config.json: quantization_config, {method}): expected floats; "
-            "take the model's float version, or save one: model.dequantize().save_pretrained(folder)"
-        )
 
 
 def write_fast_tokenizer(folder: Path, name: str) -> None:

@@ -30,6 +30,16 @@ def read_config(folder: Path, name: str) -> dict:
     return config
 
 
+def check_floats(config: dict, name: str) -> None:
+    """Refuse weights that are quantized already, by a model's config.json: `train` quantizes floats, and knows how."""
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise StageError(
+            f"{name}: its weights are quantized already (config.json: quantization_config, {method}): expected floats; "
+            "take the model's float version, or save one: model.dequantize().save_pretrained(folder)"
+        )
+
+
 def max_context(config: dict) -> int | None:
     """Return the number of positions that a model's config.json gives, None if it gives none."""
     return config.get("n_positions") or config.get("max_position_embeddings")
