@@ -36,7 +36,8 @@ def check_floats(config: dict, name: str) -> None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise StageError(
             f"{name}: its weights are quantized already (config.json: quantization_config, {method}): expected floats; "
-            "take the model's float version, or save one: model.dequantize().save_pretrained(folder)"
+            "take the model's float version, or load it with AutoModelForCausalLM and save a float copy: "
+            "model.dequantize().save_pretrained(folder, save_original_format=False)"
         )
 
 

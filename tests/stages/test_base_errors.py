@@ -5,13 +5,17 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from bad_input import error_line, update_json
 from click.testing import CliRunner
+from small_models import write_llama
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from gpt2lora.dataset import tokenizer
 from gpt2lora.model.layers import load_on_meta
 from gpt2lora.model.loading import load_fp32
 from gpt2lora.pipeline.cli import StageError
+from gpt2lora.pipeline.context import check_floats, read_config
 from stages import base
 
 # Configuration and weights
@@ -38,7 +42,20 @@ def test_weights_that_are_quantized_already_are_refused(stage_folder, method):
     update_json(stage_folder / "model" / "config.json", quantization_config={"quant_method": method})
     line = error_line(base.main)
     assert line.startswith(f"model: its weights are quantized already (config.json: quantization_config, {method})")
-    assert line.endswith("model.dequantize().save_pretrained(folder)")
+    assert line.endswith("model.dequantize().save_pretrained(folder, save_original_format=False)")
+
+
+def test_a_float_copy_is_saved_as_the_line_says(stage_folder):
+    source = write_llama(stage_folder / "llama")
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    quantized = AutoModelForCausalLM.from_pretrained(source, quantization_config=nf4, dtype=torch.float32)
+    quantized.save_pretrained(stage_folder / "quantized")
+    loaded = AutoModelForCausalLM.from_pretrained(stage_folder / "quantized", dtype=torch.float32)
+    loaded.dequantize().save_pretrained(stage_folder / "float", save_original_format=False)
+    check_floats(read_config(stage_folder / "float", "float"), "float")
+    copy = load_fp32(stage_folder / "float", stage_folder / "float")
+    for value, original in zip(copy.parameters(), load_fp32(source, source).parameters(), strict=True):
+        assert (value - original).abs().max() < 0.2 * original.abs().max()  # the error of 4 bits
 
 
 def test_damaged_weights_are_reported(stage_folder):
