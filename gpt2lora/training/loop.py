@@ -83,7 +83,9 @@ def fit(
             if losses:
                 log_progress(state, losses, bar)
             state.add_step(loss, norm, train.count_targets(rows))
-            time_left.after_step(state, steps, options.validations)
+            if line := time_left.after_step(state, steps, options.validations):
+                bar.clear()
+                echo(line)
             bar.update()
             if is_validation_step(state.step, steps, options.validations):
                 log_progress(state, fetch_losses_async(state), bar)

@@ -34,28 +34,27 @@ def echo_validation_time(seconds: float, options: TrainParams, steps: int) -> No
 
 
 class TimeLeft:
-    """Prints once, after LAST steps of this process, how long the rest of the run takes."""
+    """Tells once, after LAST steps of this process, how long the rest of the run takes."""
 
     def __init__(self, state: TrainState):
         self.start, self.seconds = state.step, 0.0
 
-    def after_step(self, state: TrainState, steps: int, validations: int) -> None:
-        """Call this after each step. validations: those of the whole run."""
-        if state.step not in (self.start + FIRST, self.start + LAST):
-            return
+    def after_step(self, state: TrainState, steps: int, validations: int) -> str | None:
+        """Return the line to print after a step, or None. validations: those of the whole run."""
+        if state.step not in (self.start + FIRST, self.start + LAST) or state.step == steps:
+            return None
         float(state.losses[-1] if state.losses else 0)  # waits for the device
         seconds = state.history.seconds + time.perf_counter() - state.clock  # of training, without validations
         if state.step == self.start + FIRST:
             self.seconds = seconds
-            return
+            return None
         left = (steps - state.step) * (seconds - self.seconds) / (LAST - FIRST)
         count = min(validations, steps) - len(state.history.rows)
         text = f"{count:,} validations not counted"
         if state.validation_seconds is not None:
             left += count * state.validation_seconds
             text = f"{format_seconds(count * state.validation_seconds)} of it in {count:,} validations"
-        if steps > state.step:
-            echo(f"train: about {format_seconds(left)} left after step {state.step:,} of {steps:,}, {text}")
+        return f"train: about {format_seconds(left)} left after step {state.step:,} of {steps:,}, {text}"
 
 
 def format_seconds(seconds: float) -> str:

@@ -42,15 +42,15 @@ def test_a_batch_of_more_rows_than_there_are_is_named(capsys):
         (None, "about 15 min left after step 15 of 105, 10 validations not counted"),
     ],
 )
-def test_the_time_left_counts_steps_and_validations(capsys, monkeypatch, validation, line):
+def test_the_time_left_counts_steps_and_validations(monkeypatch, validation, line):
     state = TrainState(5, History([{}], 5.0, {}, 0, 0.0), [], [], [], validation_seconds=validation)
-    times = progress.TimeLeft(state)
+    times, lines = progress.TimeLeft(state), []
     for step in range(6, 21):
         seconds = 1000.0 if step == 6 else 1000.0 + 10 * (step - 6)  # the first step takes long
         monkeypatch.setattr(progress.time, "perf_counter", lambda seconds=seconds: seconds)
         state.step = step
-        times.after_step(state, 105, 11)
-    assert capsys.readouterr().out == f"train: {line}\n"
+        lines.append(times.after_step(state, 105, 11))
+    assert list(filter(None, lines)) == [f"train: {line}"]
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(5, "5 s"), (99, "99 s"), (780, "13 min"), (9000, "2.5 h")])
@@ -86,6 +86,7 @@ def stop_in_batch(monkeypatch):
 def test_a_signal_ends_a_validation_and_the_run_resumes_with_it(training_folder, stop_in_batch):
     tiny.set_param(training_folder, "train.batch_size", 4)  # several batches in a validation
     lines = run_stage(train.main)
+    assert re.search(r"^train: about .* left after step 10 of ", lines, re.MULTILINE)
     steps = int(re.search(r"([\d,]+) steps in all", lines)[1])
     batches = -(-len(np.load("data/tokens/validation.lengths.npy")) // 4)
     expected = read_outputs(training_folder)
