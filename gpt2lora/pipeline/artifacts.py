@@ -26,7 +26,7 @@ def require_file(path: Path, stage: str) -> Path:
         StageError: it does not exist.
     """
     if not path.exists():
-        if not Path(path.parts[0]).exists() and not Path("params.yaml").exists():
+        if not Path(path.parts[0]).exists() and not Path("dvc.yaml").exists():
             raise StageError(f"{path} is missing, seen from {Path.cwd()}: run it from the repository's root")
         raise StageError(f"{path} is missing: run `dvc repro {stage}`, or python -m stages.{stage}")
     return path

@@ -235,7 +235,9 @@ def fast_stages(monkeypatch, tmp_path, tiny_model):
     monkeypatch.setattr(environment, "write_record", lambda *_, **__: None)
     monkeypatch.setattr(artifacts, "_fsync", lambda _: None)
     tokenizer = tokenizer_module.load_tokenizer(tiny_model)
-    monkeypatch.setattr(tokenizer_module, "load_tokenizer", lambda _: tokenizer)
+    monkeypatch.setattr(tokenizer_module, "load_tokenizer", lambda *_: tokenizer)
+    for stage in (prepare, tokenize):
+        monkeypatch.setattr(stage, "check_params", lambda: None)
     return tokenizer, sections
 
 

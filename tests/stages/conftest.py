@@ -16,7 +16,8 @@ def stage_folder(tmp_path, monkeypatch, tiny_model, tiny_corpus) -> Path:
     """The working directory: outputs of an earlier run, and copies of the model and the corpus to damage."""
     folder = tmp_path / "stage"
     folder.mkdir()
-    shutil.copyfile(tiny.ROOT / "params.yaml", folder / "params.yaml")
+    for name in ("params.yaml", "dvc.yaml"):  # by which errors tell that this is a repository's root
+        shutil.copyfile(tiny.ROOT / name, folder / name)
     shutil.copytree(tiny_model, folder / "model")
     shutil.copytree(tiny_corpus, folder / "corpus")
     for output in OUTPUTS:
