@@ -36,12 +36,16 @@ def all_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> b
 
 
 def step_gradients(
-    network: torch.nn.Module, split: blocks.Blocks, rows: np.ndarray, batch_size: int
+    network: torch.nn.Module,
+    split: blocks.Blocks,
+    rows: np.ndarray,
+    batch_size: int,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """Return the summed loss of one step over some rows, in nats, and its gradients, in fp32 and without dropout."""
+    """Return the summed loss of one step over some rows, in nats, and its gradients, without dropout."""
     network.eval()
     network.zero_grad()
-    backward = execution.eager_backward(network, torch.float32)
+    backward = execution.eager_backward(network, dtype)
     trained = [value for value in network.parameters() if value.requires_grad]
     batches = accumulation.split_step(rows, batch_size, 0, 1)
     nll = accumulation.accumulate_gradients(backward, trained, split, batches, split.count_targets(rows))

@@ -16,11 +16,10 @@ from small_models import (
     train_one_step,
 )
 from tiny import low_rank
-from training_steps import LENGTHS, frozen_values, make_rows, trained_values
+from training_steps import LENGTHS, frozen_values, make_rows, step_gradients, trained_values
 from transformers import AutoModelForCausalLM
 
 from gpt2lora.model import loading, lora
-from gpt2lora.training import execution, loop
 
 
 def test_the_faster_gelu_computes_the_same_logits(gpt2_folder):
@@ -67,15 +66,13 @@ def test_a_base_cast_to_bf16_gives_nearly_the_same_gradient(tiny_model, quantiza
     split = make_rows(LENGTHS)
     network = new_adapter(tiny_model, quantization)
     fill_factors_b(network, 0.02)
-    network.eval()
     results = []
     for dtype in (torch.float32, torch.bfloat16):
         loading.cast_frozen(network, dtype)
         assert {value.dtype for value in frozen_values(network).values()} <= {dtype, torch.uint8}
         assert {value.dtype for value in trained_values(network).values()} == {torch.float32}
-        nll = loop.accumulate_gradients(execution.eager_backward(network, dtype), split, np.arange(len(split)), 4)
-        results.append((float(nll), torch.cat([p.grad.flatten() for p in network.parameters() if p.requires_grad])))
-        network.zero_grad()
+        nll, gradients = step_gradients(network, split, np.arange(len(split)), 4, dtype)
+        results.append((nll, torch.cat([gradient.flatten() for gradient in gradients.values()])))
     (exact_nll, exact_gradient), (nll, gradient) = results
     assert nll == pytest.approx(exact_nll, rel=1e-2)
     assert nll != exact_nll
