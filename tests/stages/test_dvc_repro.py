@@ -1,7 +1,7 @@
 """dvc repro: which stages a change reruns, and what a failed stage leaves behind."""
 
+import os
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -23,11 +23,13 @@ def test_a_first_run_adds_only_the_lock_file_and_metrics(finished):
 
 
 def test_nothing_reruns_when_nothing_changed(finished):
-    started = time.perf_counter()
+    before = os.times()
     assert repro(finished) == []
-    seconds = time.perf_counter() - started
-    print(f"dvc repro with nothing to do: {seconds:.2f} s")
-    assert seconds < 3
+    after = os.times()
+    # Of the CPU, not of the clock: other tests run beside this one.
+    seconds = after.children_user + after.children_system - before.children_user - before.children_system
+    print(f"dvc repro with nothing to do: {seconds:.2f} s of the CPU")
+    assert seconds < 6
     assert changed_files(finished) == set()
 
 
