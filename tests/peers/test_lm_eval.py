@@ -19,6 +19,7 @@ from gpt2lora.scoring.log_likelihood import score_windows
 lm_eval = pytest.importorskip("lm_eval", reason="needs the package lm-eval: make test-peers")
 
 CONTEXT = 64
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(params=["gpt2", "llama"])

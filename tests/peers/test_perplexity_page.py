@@ -11,6 +11,7 @@ from gpt2lora.model.loading import load_base
 from gpt2lora.scoring.log_likelihood import score_windows
 
 CONTEXT = 64
+pytestmark = pytest.mark.slow
 
 
 def page_loss(model: torch.nn.Module, ids: torch.Tensor, stride: int) -> float:

@@ -15,6 +15,7 @@ from gpt2lora.training import loop
 from gpt2lora.training.optimizer import lr_at_step
 
 STEPS, BATCH, TOKENS, SEED = 20, 4, 17, 3
+pytestmark = pytest.mark.slow
 OPTIONS = {"validations": STEPS, "clip_norm": 0.5, "weight_decay": 0.1, "learning_rate": 5e-3}
 
 
