@@ -16,6 +16,11 @@ def stages_run(output: str) -> list[str]:
     return re.findall(r"Running stage '(\w+)'", output)
 
 
+def computing_stages_run(output: str) -> list[str]:
+    """Return the stages that DVC ran without `sources`, which writes links in no time and is in no cache."""
+    return [stage for stage in stages_run(output) if stage != "sources"]
+
+
 def declared_params(stage: str, project: Path) -> set[str]:
     """Return the dotted names of the parameters that a stage declares; a section counts as all of its keys."""
     values = yaml.safe_load((project / "params.yaml").read_text(encoding="utf-8"))

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from dvc_yaml import declared_files, stages_run
+from dvc_yaml import computing_stages_run, declared_files, stages_run
 from project_changes import METRICS, changed_files
 from tiny import run, set_param
 
@@ -101,7 +101,7 @@ def test_a_failed_stage_loses_no_output(finished):
     assert {name.split("/")[1] for name in before} >= {"adapter", "base", "raw", "tokens", "eval.json", "train.json"}
     set_param(finished, "train.learning_rate", -1)
     output = run(finished, "dvc", "repro", fails=True)
-    assert stages_run(output) == ["train"]
+    assert stages_run(output) in (["train"], ["sources"])  # the first that runs checks all of params.yaml
     assert "train.learning_rate" in output
 
     # DVC removes the outputs of a stage before it runs it. With the old value, the run cache restores them.
@@ -109,6 +109,6 @@ def test_a_failed_stage_loses_no_output(finished):
     after = read_outputs()
     assert all(after[name] == content for name, content in before.items() if not name.startswith(removed))
     run(finished, "git", "checkout", "params.yaml")
-    assert stages_run(run(finished, "dvc", "repro")) == []
+    assert computing_stages_run(run(finished, "dvc", "repro")) == []
     assert read_outputs() == before
     assert changed_files(finished) == set()
