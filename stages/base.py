@@ -131,7 +131,7 @@ def check_vocabulary(folder: Path, name: str) -> int:
 
 def check_code(folder: Path, name: str) -> None:
     """Refuse a model that needs its own code, which is never run. Types that transformers knows need none."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_config(folder, name)
     if "auto_map" not in config:
         return
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

@@ -26,7 +26,7 @@ from gpt2lora.dataset.tokenizer import (
     text_prefix,
 )
 from gpt2lora.pipeline import environment, params
-from gpt2lora.pipeline.artifacts import MANIFEST, atomic_output, digests, read_json, verify_folder
+from gpt2lora.pipeline.artifacts import MANIFEST, atomic_output, digests, read_json, read_source, verify_folder
 from gpt2lora.pipeline.cli import StageError, command, echo
 from gpt2lora.pipeline.context import choose_block_size, max_context
 from gpt2lora.pipeline.schemas import TokenizeParams, check_params
@@ -85,7 +85,7 @@ def main(raw: Path, base: Path, out: Path) -> None:
             "prefix": prefix,
             "special_tokens": tokenize.special_tokens,
             "splits": splits,
-            "source": read_json(raw / MANIFEST, "prepare").get("source") if (raw / MANIFEST).exists() else None,
+            "source": read_source(raw, "prepare") or None,
             "files": digests(folder, "*.npy"),
             "base": digests(base),
             "raw": split_digests(raw),

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 
 import torch
 
-from gpt2lora.model.errors import COMPUTATION_ERRORS, first_line, is_out_of_memory
+from gpt2lora.model.errors import COMPUTATION_ERRORS, first_line
 from gpt2lora.model.head import base_network
 from gpt2lora.model.quantization import computing_in_fp32
-from gpt2lora.pipeline.cli import StageError
+from gpt2lora.pipeline.cli import StageError, out_of_memory_advice
 
 
 @contextlib.contextmanager
@@ -21,7 +21,7 @@ def computation_errors(model: torch.nn.Module, dtype: torch.dtype, setting: str)
     try:
         yield
     except COMPUTATION_ERRORS as error:
-        if is_out_of_memory(error):
+        if out_of_memory_advice(error):
             raise
         name, precision = type(base_network(model)).__name__, str(dtype).removeprefix("torch.")
         line = f"{name} cannot be computed in {precision} ({type(error).__name__}: {first_line(error)})"

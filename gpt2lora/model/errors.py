@@ -3,10 +3,9 @@
 import contextlib
 from collections.abc import Iterator
 
-import torch
 from safetensors import SafetensorError
 
-from gpt2lora.pipeline.cli import StageError
+from gpt2lora.pipeline.cli import StageError, out_of_memory_advice
 
 COMPUTATION_ERRORS = (ValueError, TypeError, AttributeError, LookupError, RuntimeError, AssertionError, ImportError)
 
@@ -19,14 +18,9 @@ def library_errors(what: str, advice: str) -> Iterator[None]:
     except ModuleNotFoundError:  # told by `command`
         raise
     except (*COMPUTATION_ERRORS, OSError, SafetensorError) as error:
-        if is_out_of_memory(error):
+        if out_of_memory_advice(error):  # told by `command`
             raise
         raise StageError(f"{what} ({type(error).__name__}: {first_line(error)}); {advice}") from error
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Tell whether a GPU's or the CPU's memory was too small."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)  # PyTorch's, on a CPU
 
 
 def first_line(error: Exception) -> str:

@@ -82,6 +82,12 @@ def read_verified_manifest(folder: Path, stage: str, *keys: str) -> dict:
     return manifest
 
 
+def read_source(folder: Path, stage: str) -> dict:
+    """Return from the manifest of `folder`, which `stage` wrote, where its content came from; {} if it does not say."""
+    manifest = folder / MANIFEST
+    return (read_json(manifest, stage).get("source") if manifest.exists() else None) or {}
+
+
 def verify_folder(folder: Path, stage: str) -> None:
     """Compare a folder's files with the digests in its manifest. A folder without a manifest passes."""
     if (folder / MANIFEST).exists():

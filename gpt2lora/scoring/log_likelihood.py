@@ -107,13 +107,13 @@ def score_tokens(
     device = next(model.parameters()).device
     body, head = body_and_head(model)
     chunk, sample = CHUNK_TOKENS[device.type], next(model.parameters())
-    weight, float_type = None, torch.promote_types(sample.dtype, torch.float32)
+    float_type = torch.promote_types(sample.dtype, torch.float32)
     if head is None:
         batch_size = max(1, min(batch_size, chunk // int(windows.reads.max())))  # all logits are held at once
     else:
         weight = head.weight.to(float_type)
-    if head and device.type == "cuda":  # without a multiple of 64 rows, the product is three times as slow
-        weight = F.pad(weight, (0, 0, 0, -len(weight) % 64))
+        if device.type == "cuda":  # without a multiple of 64 rows, the product is three times as slow
+            weight = F.pad(weight, (0, 0, 0, -len(weight) % 64))
     was_training = model.training
     model.eval()
     # The longest windows first: windows of similar length share a batch, and too little memory shows at once.

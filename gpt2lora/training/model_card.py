@@ -8,17 +8,11 @@ import math
 from pathlib import Path
 
 from gpt2lora.model.lora import ADAPTER_CONFIG
-from gpt2lora.pipeline.artifacts import MANIFEST, read_json
+from gpt2lora.pipeline.artifacts import read_source
 from gpt2lora.pipeline.schemas import LoraParams, QuantizationParams, TrainParams
 
 CARD = "README.md"
 METHOD_NAMES = {"lora": "A LoRA adapter", "qlora": "A QLoRA adapter", "full": "A fully fine-tuned model"}
-
-
-def read_source(folder: Path, stage: str) -> dict:
-    """Return from the manifest of `folder`, which `stage` wrote, where its content came from; {} if it does not say."""
-    manifest = folder / MANIFEST
-    return (read_json(manifest, stage).get("source") if manifest.exists() else None) or {}
 
 
 def name_base(adapter: Path, base: Path) -> None:

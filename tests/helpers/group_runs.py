@@ -11,8 +11,9 @@ import signal
 import socket
 import sys
 import time
-import traceback
 from pathlib import Path
+
+from forks import fork
 
 MODULES = (
     *("stages.train", "stages.evaluate", "gpt2lora.distributed.group", "gpt2lora.model.loading"),
@@ -45,7 +46,7 @@ def run_group(folder: str, stage: str, processes: int, setup: str = "", kill_aft
         kill_after: seconds after the first checkpoint at which all of them are killed.
     """
     port, started = free_port(), time.monotonic()
-    children = [fork(Path(folder), stage, rank, processes, port, setup) for rank in range(processes)]
+    children = [start(Path(folder), stage, rank, processes, port, setup) for rank in range(processes)]
     if kill_after is not None:
         while not list(Path(folder).glob("data/.checkpoints/*/[0-9]*")) and time.monotonic() < started + 120:
             time.sleep(0.01)
@@ -57,29 +58,19 @@ def run_group(folder: str, stage: str, processes: int, setup: str = "", kill_aft
     return {"codes": codes, "printed": printed, "seconds": time.monotonic() - started}
 
 
-def fork(folder: Path, stage: str, rank: int, processes: int, port: int, setup: str) -> int:
-    if child := os.fork():
-        return child
-    code = 1
-    try:
+def start(folder: Path, stage: str, rank: int, processes: int, port: int, setup: str) -> int:
+    """Run a stage in a child process, one of a group if there are several; return its process id."""
+
+    def work() -> None:
         os.chdir(folder)
-        with open(f"rank{rank}.txt", "w") as log:
-            os.dup2(log.fileno(), 1)
-            os.dup2(log.fileno(), 2)
         if processes > 1:
             os.environ.update(RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_RANK=str(rank))
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         exec(setup, {"rank": rank})
         importlib.import_module(f"stages.{stage}").main.main([])
-        code = 0
-    except SystemExit as stopped:
-        code = int(stopped.code or 0)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+
+    with open(folder / f"rank{rank}.txt", "w") as log:
+        return fork(work, log)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,11 @@ import shutil
 import signal
 import sys
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+
+from forks import fork
 
 OUTPUTS = {
     "base": ["data/base"],
@@ -38,24 +39,10 @@ LOG = Path("log.txt")
 Work = Callable[[], None]
 
 
-def fork(work: Work) -> int:
-    """Run `work` in a child process; return its process id."""
-    if child := os.fork():
-        return child
-    code = 1
-    try:
-        with LOG.open("a") as log:
-            os.dup2(log.fileno(), 1)
-            os.dup2(log.fileno(), 2)
-        work()
-        code = 0
-    except SystemExit as stopped:
-        code = int(stopped.code or 0)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        os._exit(code)
+def start(work: Work) -> int:
+    """Run `work` in a child process, which adds to LOG; return its process id."""
+    with LOG.open("a") as log:
+        return fork(work, log)
 
 
 def wait_for(child: int) -> int:
@@ -66,13 +53,13 @@ def wait_for(child: int) -> int:
 def run_undisturbed(work: Work) -> float:
     """Run `work` in a child that must succeed; return its duration in seconds."""
     started = time.monotonic()
-    assert wait_for(fork(work)) == 0, LOG.read_text()[-3000:]
+    assert wait_for(start(work)) == 0, LOG.read_text()[-3000:]
     return time.monotonic() - started
 
 
 def kill_after(seconds: float, work: Work) -> int:
     """Run `work` in a child, kill it after so many seconds, and return what `wait_for` returns."""
-    child = fork(work)
+    child = start(work)
     time.sleep(seconds)
     os.kill(child, signal.SIGKILL)  # until it is waited for, no other process gets its id
     return wait_for(child)
@@ -112,7 +99,7 @@ def kill_at_call(index: int, work: Work, path_part: str = "") -> int:
             setattr(os, name, with_kill(getattr(os, name)))
         work()
 
-    return wait_for(fork(patched_work))
+    return wait_for(start(patched_work))
 
 
 def read_output(path: str) -> dict[str, bytes] | None:
@@ -151,7 +138,7 @@ def kill_stage(name: str, kills: int, random_numbers: random.Random) -> dict:
         has_checkpoint = any(Path("data/.checkpoints").rglob("[0-9]*.safetensors"))
         kind = "kills at a random time" if killed % 2 else "kills at a file call"
         if killed >= kills:
-            code = wait_for(fork(stage))
+            code = wait_for(start(stage))
         elif killed % 2:
             code = kill_after(random_numbers.uniform(0, seconds), stage)
         else:
