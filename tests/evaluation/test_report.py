@@ -3,6 +3,7 @@
 import json
 import re
 from html.parser import HTMLParser
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -188,7 +189,7 @@ def test_environment_json_has_a_record_of_every_stage(evaluated):
     for stage, record in records.items():
         assert 0 < record["seconds"] < 300
         assert (record["commit"], record["uncommitted_changes"]) == (commit, True)
-        assert record["versions"]["torch"] == torch.__version__
+        assert record["versions"]["torch"] == version("torch")
         assert record["cpu"]
         assert record["cores"] >= 1
         assert record["gpu"] is None or torch.cuda.is_available()
