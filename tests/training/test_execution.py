@@ -102,7 +102,9 @@ def test_the_mode_and_its_reason_are_printed(tiny_model, capsys):
 # The same gradients
 
 
-@pytest.mark.parametrize("changes", [{}, {"bits": 8}, {"bits": 4}, {"quantization": NF4}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"r": 3}, {"bits": 8}, {"bits": 4}, {"quantization": NF4}, {"quantization": INT8}], ids=str
+)
 def test_all_layers_share_one_compiled_graph_without_breaks(tiny_model, monkeypatch, changes):
     network, split = train_model(tiny_model, **changes), make_rows([17] * 4)
     expected_nll, expected_gradients = take_step(network, execution.eager_backward(network, FP32), split)
