@@ -176,7 +176,9 @@ def make(
     workspace.link_inputs(folder, settings | values, **inputs)
     gpu = gpus.get()
     threads = os.getenv("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
-    variables = {"OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": gpu}
+    # Locks of GPUs lie in TMPDIR: with one of its own, a run shares its GPU with others.
+    variables = {"OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": gpu, "TMPDIR": str(folder)}
+    variables["TORCHINDUCTOR_CACHE_DIR"] = str(out.resolve() / "compiled")
     error = workspace.run_stage("train", folder, **variables) or workspace.run_stage("evaluate", folder, **variables)
     gpus.put(gpu)
     shutil.rmtree(folder / "data")  # with method full it holds all weights
