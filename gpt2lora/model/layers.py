@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.pytorch_utils import Conv1D
 
 from gpt2lora.model.errors import library_errors
@@ -40,15 +41,48 @@ def check_target_layers(folder: Path, lora: LoraParams) -> None:
 def linear_layers(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
     """Return the layers that can have an adapter, by name: all linear layers except the output head.
 
-    PEFT refuses layers whose weight a fused kernel of a Mamba reads, without calling the layer.
+    PEFT refuses layers whose weight a fused kernel of a Mamba reads, without calling the layer. It takes others for
+    experts (`replaced_by_experts`).
     """
     head = model.get_output_embeddings()
     fused = MAMBA_FUSED if model.config.model_type in MAMBA_TYPES else ()
-    return {
+    layers = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head and not name.endswith(fused)
+        if is_linear(module) and module is not head and not name.endswith(fused)
     }
+    replaced = replaced_by_experts(model, list(layers))
+    return {name: module for name, module in layers.items() if name not in replaced}
+
+
+def is_linear(module: torch.nn.Module) -> bool:
+    """Tell whether a module is a linear layer, and not a router or groups of layers that are derived from one."""
+    if not isinstance(module, torch.nn.Linear) or type(module) is torch.nn.Linear:
+        return isinstance(module, torch.nn.Linear | Conv1D)
+    if not module.weight.is_floating_point():
+        return True  # quantized
+    try:
+        with torch.no_grad():
+            outputs = module(module.weight.new_zeros(1, 2, module.in_features))
+    except Exception:  # what a layer of another kind raises is its own
+        return False
+    return isinstance(outputs, torch.Tensor) and outputs.shape == (1, 2, module.out_features)
+
+
+def replaced_by_experts(model: PreTrainedModel, names: list[str]) -> set[str]:
+    """Return which layers PEFT would leave without an adapter, for one on the experts of a mixture.
+
+    In older versions of transformers, experts were linear layers, with names such as gate_proj. In models with such
+    experts, PEFT takes all layers of these names for them, dense ones and shared experts too.
+    """
+    if get_checkpoint_conversion_mapping(model.config.model_type) is None:
+        return set()
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    config = LoraConfig(target_modules=names)
+    convert_peft_config_for_transformers(config, model, None)
+    return set(names) - set(config.target_modules)
 
 
 def select_target_layers(layers: list[str], lora: LoraParams) -> list[str]:

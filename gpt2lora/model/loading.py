@@ -51,6 +51,10 @@ def load_base(folder: Path, quantization: QuantizationParams | None, dtype: torc
 
 def choose_attention(model: PreTrainedModel, folder: Path) -> None:
     """Choose how the model in `folder` computes attention, and refuse one that is not causal."""
+    for module in model.modules():
+        # transformers looks for padding in each batch, which waits for the GPU, and advises a mask: none is needed.
+        if hasattr(module, "warn_if_padding_and_no_attention_mask"):
+            module.warn_if_padding_and_no_attention_mask = lambda ids, mask: None
     quantized = " with a quantized base" if getattr(model, "hf_quantizer", None) else ""
     what = f"{folder}: {type(model).__name__} fails on a few tokens{quantized}"
     with library_errors(what, "try method lora" if quantized else "take another model"):

@@ -31,6 +31,16 @@ def test_the_faster_gelu_computes_the_same_logits(gpt2_folder):
     torch.testing.assert_close(logits(ours), expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
 
 
+def test_batches_are_not_searched_for_padding(gpt2_folder, tmp_path, caplog):
+    """It would wait for the GPU in each batch, and warn of a mask that is not needed."""
+    changed = AutoModelForCausalLM.from_pretrained(gpt2_folder)
+    changed.config.pad_token_id = int(IDS[0, 0])
+    changed.save_pretrained(tmp_path)
+    with caplog.at_level("WARNING", "transformers"):
+        assert torch.equal(logits(load(tmp_path)), logits(load(gpt2_folder)))
+    assert not caplog.records
+
+
 def test_a_float_base_has_the_folder_s_weights_in_fp32(tiny_model):
     original, ours = AutoModelForCausalLM.from_pretrained(tiny_model), load(tiny_model, dtype=torch.bfloat16)
     expected = original.state_dict()

@@ -3,6 +3,7 @@
 import json
 import warnings
 
+import every_model
 import pytest
 import torch
 from small_models import (
@@ -21,6 +22,7 @@ from small_models import (
 )
 from tiny import low_rank
 from transformers import (
+    AutoModelForCausalLM,
     FalconConfig,
     FalconForCausalLM,
     MambaConfig,
@@ -213,6 +215,24 @@ def test_experts_held_as_parameters_get_no_adapter_and_are_named():
     assert names == ["mlp.experts.down_proj", "mlp.experts.gate_up_proj", "mlp.gate.weight"]
     experts, attention = 4 * 3 * 64 * 32 + 4 * 64, 4 * 64 * 64
     assert share == 100 * experts / (experts + attention)
+
+
+@pytest.mark.parametrize(
+    ("kind", "adapted", "left"),
+    [
+        # PEFT takes gate_proj and the like for the experts' own, and would leave the dense layer without an adapter.
+        ("glm4_moe", {"q_proj", "k_proj", "v_proj", "o_proj"}, {"mlp.gate_proj.weight", "mlp.experts.gate_up_proj"}),
+        # Its router is a subclass of nn.Linear that returns two tensors.
+        ("llama4_text", {"q_proj", "k_proj", "v_proj", "o_proj"}, {"feed_forward.router.weight"}),
+    ],
+)
+def test_layers_that_peft_takes_for_others_get_no_adapter_and_are_named(kind, adapted, left):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(every_model.small_config(kind))
+    network = lora.attach_lora(model, low_rank(dropout=0.05))
+    kinds = {name.rpartition(".")[2] for name in lora.lora_layers(network)}
+    assert kinds - {"gate_proj", "up_proj", "down_proj"} == adapted
+    assert set(lora.weights_without_adapter(network)[1]) >= left
 
 
 def test_layers_that_a_fused_kernel_of_mamba_reads_get_no_adapter():
