@@ -172,7 +172,7 @@ def test_the_lock_file_of_a_clone_is_up_to_date(clone):
 @pytest.mark.parametrize(
     ("file", "pattern", "replacement", "stage"),
     [
-        ("params.yaml", "learning_rate: 2.0e-3", "learning_rate: 1.0e-3", "train"),
+        ("params.yaml", "learning_rate: 1.0e-3", "learning_rate: 2.0e-3", "train"),
         ("stages/train.py", '"""train: ', '"""Train: ', "train"),
         ("dvc.lock", r"(?s)(\n  train:.* path: data/adapter\n[^-]* md5: )\w{8}", r"\g<1>00000000", "evaluate"),
     ],
