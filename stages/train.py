@@ -58,7 +58,7 @@ def train(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path)
     from gpt2lora.distributed import group
     from gpt2lora.model import layers, loading, lora
     from gpt2lora.training import checkpoint, model_card, oom, summary
-    from gpt2lora.training.loop import fit
+    from gpt2lora.training.loop import count_steps, fit
 
     check_processes(options.accumulation_steps, group.size())
     prefix = read_token_manifest(tokens, base)["prefix"]
@@ -97,7 +97,7 @@ def train(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path)
     if not group.leave():
         return
 
-    record = summary.summarize_training(model, history)
+    record = summary.summarize_training(model, history, count_steps(len(train), options))
     timings = summary.measure_speed(history, device.peak_memory(target))
     with (
         atomic_output(metrics / "train_timings.json") as timings_file,

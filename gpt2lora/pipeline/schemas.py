@@ -139,6 +139,7 @@ class TrainParams:
     compile: str
     deterministic: bool
     validations: int
+    patience: int | None
     checkpoint_every: int | None
     seed: int | None
 
@@ -151,6 +152,8 @@ class TrainParams:
         for name in ("warmup_fraction", "base_dropout"):
             share = getattr(self, name)
             params.require(0 <= share < 1, f"train.{name}", share, "a number of at least 0, below 1")
+        valid = self.patience is None or self.patience > 0
+        params.require(valid, "train.patience", self.patience, "an integer above 0, or null")
         valid = self.checkpoint_every is None or self.checkpoint_every >= 0
         params.require(valid, "train.checkpoint_every", self.checkpoint_every, "an integer of at least 0, or null")
         params.require(0 <= self.weight_decay < math.inf, "train.weight_decay", self.weight_decay, "0 or more")

@@ -1,5 +1,6 @@
 """Checkpoints: a training that was stopped resumes from the newest one, and writes the bytes of an undisturbed run."""
 
+import json
 import os
 import shutil
 import signal
@@ -363,4 +364,24 @@ def test_a_full_disk_keeps_checkpoints_and_outputs(training_folder, small_disk):
     assert outputs == {name: content for name, content in expected.items() if name != live}
     shutil.move(files[0].parent, Path("data/.checkpoints") / files[0].parent.name)
     assert f"resuming after step {int(files[-1].name[:8])} of 16" in run_stage(train.main)
+    assert read_outputs(training_folder) == expected
+
+
+# An early end
+
+
+def test_a_resumed_run_ends_early_at_the_same_step(training_folder, stop_training):
+    for key, value in {"train.learning_rate": 0.03, "train.warmup_fraction": 0.9, "train.patience": 2}.items():
+        tiny.set_param(training_folder, key, value)  # the validation loss is lowest at the second of five validations
+    line = "train: ends early, after step 13 of 16: no validation loss below that of step 7 in 2 validations"
+    assert line in run_stage(train.main)
+    expected = read_outputs(training_folder)
+    record = json.loads(expected["metrics/train.json"])
+    assert (record["steps"], record["planned_steps"], record["best_step"]) == (13, 16, 7)
+    shutil.rmtree("data/adapter")
+    stop_training(12)  # before the validation that ends the run
+    stop_training(13)  # in its last step: what is resumed has ended
+    output = run_stage(train.main)
+    assert "resuming after step 13 of 16" in output
+    assert line in output
     assert read_outputs(training_folder) == expected
