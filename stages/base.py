@@ -66,9 +66,10 @@ def main(out: Path) -> None:
 
 
 def check_layers(folder: Path) -> None:
-    """Refuse lora.target_modules and lora.layers as `train` would, by the config.json in `folder` alone."""
+    """Refuse lora.target_modules, layers and start_from as `train` would, by the config.json in `folder` alone."""
     lora = params.section("lora", LoraParams)
-    if params.value("method", str) != "full" and (lora.target_modules, lora.layers) != ("all-linear", "all"):
+    default = (lora.target_modules, lora.layers, lora.start_from) == ("all-linear", "all", None)
+    if params.value("method", str) != "full" and not default:
         from gpt2lora.model import layers  # takes torch, and seconds
 
         layers.check_target_layers(folder, lora)

@@ -87,6 +87,14 @@ def invalid(key: str, value: Any, expected: str) -> StageError:
     return StageError(f"{FILE}: {key}: expected {expected}, not {value!r}")
 
 
+def seen_from(path: Path) -> str:
+    """Return words for an error: from where a path that does not exist was looked for."""
+    seen = f"seen from {Path.cwd()}"
+    if ".dvc/tmp" in Path.cwd().as_posix() and not path.is_absolute():
+        seen += ", a temporary folder of DVC's: write the full path"
+    return seen
+
+
 def _to_dataclass(values: dict, schema: type[Schema], key: str) -> Schema:
     """Return `values`, found at `key` ("" for the whole file), as an instance of `schema`."""
     types = {field.name: field.type for field in fields(schema)}

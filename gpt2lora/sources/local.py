@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from gpt2lora.pipeline.cli import StageError
-from gpt2lora.pipeline.params import invalid
+from gpt2lora.pipeline.params import invalid, seen_from
 
 SAMPLE = "sample"
 TEXT_OR_WEIGHTS = re.compile(r".*\.(txt|text|md|jsonl?|csv|tsv|parquet|arrow|gz|zst|zip|safetensors|bin|gguf)", re.I)
@@ -28,9 +28,7 @@ def resolve_local_path(key: str, source: str | None, revision: str | None) -> Pa
         if revision:
             raise invalid(f"{key}_revision", revision, f"null, since {source} is on this disk")
         return path
-    seen = f"seen from {Path.cwd()}"
-    if ".dvc/tmp" in Path.cwd().as_posix() and not path.is_absolute():
-        seen += ", a temporary folder of DVC's: write the full path"
+    seen = seen_from(path)
     if source.startswith((".", "/", "~")) or not HUB_ID.fullmatch(source):
         raise StageError(f"params.yaml: {key}: {source!r} does not exist, {seen}")
     if not revision and TEXT_OR_WEIGHTS.fullmatch(source):

@@ -49,12 +49,13 @@ def write_card(
         "base": describe_source(source.get("model"), source.get("revision")) or f"`{base}`",
         "data": describe_source(data.get("dataset"), data.get("revision"), data.get("config")) or "not recorded",
         "method": describe_training(method, quantization, lora),
+        "started from": describe_start(record),
         "training": f"{record['steps']:,} steps, {record['tokens']:,} tokens, learning rate {train.learning_rate:g}",
         "trained parameters": "{:,} of {:,}".format(*parameters),
         "validation loss": f"{before:.4f} nats/token before training, {after:.4f} after step {record['best_step']:,}",
         "validation perplexity": f"{perplexity(before)} before training, {perplexity(after)} after",
     }
-    table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {escape(text)} |" for name, text in rows.items())])
+    table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {escape(text)} |" for name, text in rows.items() if text)])
     title = f"{METHOD_NAMES[method]} for {Path(source.get('model') or 'the embedded sample').name}"
     figures = "Figures on the test split are in `metrics/eval.json` and `metrics/report.md` of the same run."
     load = describe_loading(base, source, method, quantization, lora)
@@ -92,6 +93,12 @@ def describe_source(name: str | None, revision: str | None, config: str | None =
     if not revision:
         return f"`{name}`"
     return f"`{name}`{f', {config}' * bool(config)}, at commit `{revision}` of the hub"
+
+
+def describe_start(record: dict) -> str:
+    """Return in words from which adapter training started, "" if from none."""
+    start = record.get("start_from")
+    return f"the adapter `{Path(start['folder']).name}`, SHA-256 `{start['sha256']}`" if start else ""
 
 
 def describe_training(method: str, quantization: QuantizationParams | None, lora: LoraParams) -> str:

@@ -36,8 +36,8 @@ def echo_validation_time(seconds: float, options: TrainParams, steps: int) -> No
 def echo_early_end(history: History, patience: int, steps: int) -> None:
     """Print that training ends before its last step, and why."""
     echo(
-        f"train: ends early, after step {history.rows[-1]['step']:,} of {steps:,}: no validation loss below that of step "
-        f"{history.best['step']:,} in {patience:,} validations (train.patience)"
+        f"train: ends early, after step {history.rows[-1]['step']:,} of {steps:,}: no validation loss below that of "
+        f"step {history.best['step']:,} in {patience:,} validations (train.patience)"
     )
 
 
