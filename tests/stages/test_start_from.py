@@ -1,12 +1,14 @@
 """lora.start_from: training begins from the values of an adapter of the same kind, whoever wrote it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from bad_input import error_line
+from dvc_yaml import computing_stages_run
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from training_runs import run_stage
@@ -65,6 +67,25 @@ def test_a_run_goes_on_where_another_ended(training_folder, tmp_path):
     assert f"| started from | the adapter `first`, SHA-256 `{digest}` |" in card
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_dvc_sees_when_the_adapter_changes(finished, tmp_path):
+    adapter = shutil.copytree(finished / "data/adapter", tmp_path / "first")
+    weights = adapter / "adapter_model.safetensors"
+    tiny.set_param(finished, "lora.start_from", str(adapter))
+    assert computing_stages_run(tiny.run(finished, "dvc", "repro")) == ["train", "evaluate"]
+    assert computing_stages_run(tiny.run(finished, "dvc", "repro")) == []
+    weights.chmod(0o644)
+    save_file({name: value / 2 for name, value in load_file(weights).items()}, weights, {"format": "pt"})
+    assert computing_stages_run(tiny.run(finished, "dvc", "repro")) == ["train", "evaluate"]
+    assert adapter_files.file_digest(weights) in (finished / "metrics/train.json").read_text()
+    output = tiny.run(finished, "dvc", "exp", "run", "--temp", "-S", "train.epochs=2")
+    assert computing_stages_run(output) == ["train", "evaluate"]
+    output = tiny.run(finished, "dvc", "exp", "run", "-S", "lora.start_from=data/adapter", fails=True)
+    assert "lora.start_from: expected a folder outside data/" in output
+    assert (finished / "data/adapter/method.json").exists()
+
+
 # Errors
 
 
@@ -86,7 +107,7 @@ def adapter(stage_folder, tiny_model) -> Path:
         (
             "lora.init",
             "pissa",
-            "lora.init: expected default, since lora.start_from gives the initial values, not 'piss",
+            "lora.init: expected default, since lora.start_from gives the initial values, not",
         ),
         ("lora.start_from", "", "lora.start_from: expected a folder, or null, not ''"),
         ("lora.start_from", 7, "lora.start_from: '7' does not exist, seen from"),
@@ -136,9 +157,7 @@ def test_files_that_are_no_safetensors_are_refused(adapter):
 def test_other_layers_are_refused_before_the_base_is_fetched(stage_folder, adapter, key, value, expected):
     tiny.set_param(stage_folder, key, value)
     line = error_line(base.main)
-    assert line.startswith(
-        "params.yaml: lora.start_from: expected an adapter of the layers that lora.target_modules and "
-    )
+    assert line.startswith("params.yaml: lora.start_from: expected an adapter of the layers that lora.target_mod")
     assert expected in line
 
 
@@ -146,9 +165,7 @@ def test_an_adapter_of_a_wider_base_is_refused(stage_folder, adapter):
     file = adapter / "adapter_model.safetensors"
     save_file({name: torch.cat([value, value], -1) for name, value in load_file(file).items()}, file)
     line = error_line(base.main)
-    assert line.startswith(
-        "params.yaml: lora.start_from: expected layers of the base, 64 x 192, not '128 x 192 for tra"
-    )
+    assert line.startswith("params.yaml: lora.start_from: expected layers of the base, 64 x 192, not '128 x")
 
 
 def test_values_that_are_not_finite_are_refused(tmp_path, tiny_model):
