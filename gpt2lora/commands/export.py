@@ -12,16 +12,15 @@ Merging into the quantized weights themselves would quantize the sum again, and 
 """
 
 import math
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from gpt2lora.commands.exported_files import complete_config, copy_tokenizer
 from gpt2lora.pipeline.artifacts import atomic_output, verify_folder
 from gpt2lora.pipeline.cli import StageError, command, echo
-from gpt2lora.sources.hub import CONFIG_FILES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,9 +67,8 @@ def main(out: Path, onto: str | None, base: Path, adapter: Path, tokens: Path) -
     with atomic_output(out) as folder:
         folder.mkdir()
         network = merge_adapter(base, adapter, method, quantization, onto)
-        if network.config.model_type == "gpt2":
-            network.config.n_ctx = network.config.n_positions  # transformers 5 omits it, llama.cpp's converter reads it
         network.save_pretrained(folder)
+        complete_config(base, folder)
         copy_tokenizer(base, folder)
         sample, name = comparison_blocks(tokens, base)
         found = compare_models(folder, base, adapter, sample)
@@ -102,14 +100,6 @@ def merge_adapter(
 
         dequantize_into(network, loading.load_base(base, quantization, torch.float32))
     return lora.load_adapter(network, adapter).merge_and_unload()
-
-
-def copy_tokenizer(base: Path, folder: Path) -> None:
-    """Copy the tokenizer's files, and all other files of the base that the export has not written itself."""
-    for pattern in CONFIG_FILES:
-        for file in sorted(base.glob(pattern)):
-            if not (folder / file.name).exists():  # save_pretrained wrote config.json, with the new dtype
-                shutil.copyfile(file, folder / file.name)
 
 
 def comparison_blocks(tokens: Path, base: Path) -> "tuple[Blocks, str]":
