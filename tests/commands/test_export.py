@@ -17,10 +17,11 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from gpt2lora.commands import export
+from gpt2lora.commands import export, exported_files
 from gpt2lora.dataset import blocks
 from gpt2lora.model import loading, lora
 from gpt2lora.model import quantization as quantization_module
+from gpt2lora.pipeline import artifacts
 from gpt2lora.pipeline.cli import StageError
 from gpt2lora.pipeline.schemas import QuantizationParams
 from gpt2lora.scoring import log_likelihood
@@ -205,11 +206,15 @@ def file_bytes(folder: str, name: str) -> bytes:
 def check_files(base: str) -> None:
     names = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert set(os.listdir("out")) == names
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        assert file_bytes("out", name) == file_bytes(base, name)
+    assert {path.stat().st_mode & 0o777 for path in Path("out").iterdir()} == {0o666 & ~artifacts._UMASK}
+    assert file_bytes("out", "tokenizer.json") == file_bytes(base, "tokenizer.json")
+    expected = json.loads(file_bytes(base, "tokenizer_config.json"))
+    # What transformers 4 knows, beside the names of transformers 5.
+    assert json.loads(file_bytes("out", "tokenizer_config.json")) == expected | {
+        "tokenizer_class": "PreTrainedTokenizerFast"
+    }
     expected = json.loads(file_bytes(base, "config.json"))
-    if base == "gpt2":
-        expected["n_ctx"] = expected["n_positions"]  # llama.cpp's converter fails without it
+    expected |= {"n_ctx": 64} if base == "gpt2" else {"rope_theta": 10000.0}
     assert json.loads(file_bytes("out", "config.json")) == expected
     assert "gelu_new" in file_bytes("out", "config.json").decode() or base == "llama"
     text = " the river reached the coast . "
@@ -224,6 +229,27 @@ def test_a_base_in_half_precision_is_exported_in_fp32():
     run_export("half")
     assert json.loads(file_bytes("out", "config.json"))["dtype"] == "float32"
     assert {value.dtype for value in load_file("out/model.safetensors").values()} == {torch.float32}
+
+
+def test_the_config_holds_what_transformers_4_reads():
+    """Keys that transformers 5 does not write any more: without rope_theta, transformers 4 would take 10,000."""
+    rope = {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0}
+    for folder, content in (
+        ("old", {"rope_theta": 5e5, "rope_scaling": {"type": "linear"}, "torch_dtype": "float16", "auto_map": {}}),
+        ("new", {"rope_parameters": rope, "dtype": "float32", "extra_special_tokens": ["<sep>"]}),
+    ):
+        Path(folder).mkdir()
+        for name in ("config.json", "tokenizer_config.json"):
+            Path(folder, name).write_text(json.dumps(content))
+    exported_files.complete_config(Path("old"), Path("new"))
+    exported_files.copy_tokenizer(Path("new"), Path("new"))
+    config = json.loads(file_bytes("new", "config.json"))
+    assert config["rope_theta"] == 5e5
+    assert config["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+    assert not {"torch_dtype", "auto_map"} & set(config)
+    tokenizer = json.loads(file_bytes("new", "tokenizer_config.json"))
+    assert tokenizer["additional_special_tokens"] == ["<sep>"]
+    assert "extra_special_tokens" not in tokenizer
 
 
 def test_an_empty_folder_is_filled():
