@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gpt2lora.commands.exported_files import complete_config, copy_tokenizer
+from gpt2lora.commands import exported_files
 from gpt2lora.pipeline.artifacts import atomic_output, verify_folder
 from gpt2lora.pipeline.cli import StageError, command, echo
 
@@ -59,7 +59,8 @@ class Comparison:
 @click.option("--base", type=Path, default="data/base", show_default=True, help="Folder of the base model.")
 @click.option("--adapter", type=Path, default="data/adapter", show_default=True, help="Folder of the adapter.")
 @click.option("--tokens", type=Path, default="data/tokens", show_default=True, help="Folder of the token arrays.")
-def main(out: Path, onto: str | None, gguf: str | None, base: Path, adapter: Path, tokens: Path) -> None:
+@click.option("--metrics", type=Path, default="metrics", show_default=True, help="Folder of the model card's figures.")
+def main(out: Path, onto: str | None, gguf: str | None, base: Path, adapter: Path, tokens: Path, metrics: Path) -> None:
     """Write the tuned model as a plain transformers folder or as a GGUF file, and compare it with the tuned one."""
     modelfile = out.with_suffix(".Modelfile")
     if gguf and (taken := [path for path in (out, modelfile) if path.exists()]):
@@ -97,8 +98,9 @@ def main(out: Path, onto: str | None, gguf: str | None, base: Path, adapter: Pat
     with atomic_output(out) as folder:
         folder.mkdir()
         network.save_pretrained(folder)
-        complete_config(base, folder)
-        copy_tokenizer(base, folder)
+        exported_files.complete_config(base, folder)
+        exported_files.copy_tokenizer(base, folder)
+        exported_files.write_card(adapter, folder, metrics)
         compare(loading.load_fp32(folder, folder))
     echo(f"export: {out} is a model for transformers' from_pretrained")
 

@@ -1,9 +1,12 @@
 """Models and texts on the local disk."""
 
+import contextlib
+import json
 import os
 import re
 from pathlib import Path
 
+from gpt2lora.pipeline import params
 from gpt2lora.pipeline.cli import StageError
 from gpt2lora.pipeline.params import invalid, seen_from
 
@@ -35,6 +38,20 @@ def resolve_local_path(key: str, source: str | None, revision: str | None) -> Pa
         hub = f"as an id on the hub it needs its full commit hash in {key}_revision"
         raise StageError(f"params.yaml: {key}: {source!r} does not exist, {seen}; {hub}")
     return None
+
+
+def read_license(folder: Path) -> dict[str, dict[str, str]]:
+    """Return {"license": ...} as a model's README.md, its model card, or else its config.json has it; {} if neither."""
+    keys = ("license", "license_name", "license_link")
+    for name in ("README.md", "config.json"):
+        with contextlib.suppress(Exception):  # neither file must be in order
+            text = (folder / name).read_text(encoding="utf-8")
+            block = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, re.S) if name == "README.md" else None
+            content = params.parse_yaml(block[1]) if name == "README.md" else json.loads(text)
+            found = {key: content[key] for key in keys if isinstance(content.get(key), str)}
+            if "license" in found:
+                return {"license": found}
+    return {}
 
 
 def read_text(path: Path) -> str:

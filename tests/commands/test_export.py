@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -13,6 +14,7 @@ import pytest
 import tiny
 import torch
 from click.testing import CliRunner
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -250,6 +252,29 @@ def test_the_config_holds_what_transformers_4_reads():
     tokenizer = json.loads(file_bytes("new", "tokenizer_config.json"))
     assert tokenizer["additional_special_tokens"] == ["<sep>"]
     assert "extra_special_tokens" not in tokenizer
+
+
+def test_the_model_card_has_the_figures_of_this_adapter_alone():
+    tiny.write_adapter(Path("adapter"), Path("gpt2"))
+    result = [EvalResult("text-generation", "me/texts", "texts", "loss", 2.0, dataset_split="validation")]
+    data = ModelCardData(base_model="me/gpt2", library_name="peft", model_name="m", eval_results=result)
+    Path("adapter/README.md").write_text(
+        f"---\n{data.to_yaml()}\n---\n\n# A LoRA adapter for m\n\n## Load\n\nby PEFT\n"
+    )
+    Path("metrics").mkdir()
+    Path("metrics/eval.json").write_text(json.dumps({"tuned": {"loss": 1.5, "accuracy": 0.25}}))
+    for digest, expected in (("other", {}), (artifacts.file_digest(Path("adapter/method.json")), {"loss": 1.5})):
+        Path("metrics/environment.json").write_text(json.dumps({"evaluate": {"adapter": digest}}))
+        output = run_export("gpt2")
+        assert ("is not of this adapter: the model card has no figures of the test split" in output) != bool(expected)
+        card = ModelCard.load("out/README.md", ignore_metadata_errors=False)
+        assert (card.data.library_name, card.data.base_model_relation) == ("transformers", "finetune")
+        test = {each.metric_type: each.metric_value for each in card.data.eval_results if each.dataset_split == "test"}
+        assert test == (expected | {"accuracy": 0.25} if expected else {})
+        assert "# A LoRA adapter merged into m\n" in card.text
+        assert "by PEFT" not in card.text
+        assert 'AutoModelForCausalLM.from_pretrained(".")' in card.text
+        shutil.rmtree("out")
 
 
 def test_an_empty_folder_is_filled():
