@@ -62,7 +62,7 @@ class Comparison:
 @click.option("--metrics", type=Path, default="metrics", show_default=True, help="Folder of the model card's figures.")
 def main(out: Path, onto: str | None, gguf: str | None, base: Path, adapter: Path, tokens: Path, metrics: Path) -> None:
     """Write the tuned model as a plain transformers folder or as a GGUF file, and compare it with the tuned one."""
-    modelfile = out.with_suffix(".Modelfile")
+    modelfile = out.with_name(out.name.removesuffix(".gguf") + ".Modelfile")
     if gguf and (taken := [path for path in (out, modelfile) if path.exists()]):
         raise StageError(f"{taken[0]} exists: name a new file")
     if not gguf and (out.is_file() or (out.is_dir() and any(out.iterdir()))):

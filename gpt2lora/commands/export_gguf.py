@@ -45,6 +45,8 @@ def check_base(base: Path) -> None:
     content = read_json(base / "tokenizer.json", "base", "model")
     if reason := unsupported_tokenizer(content):
         raise StageError(f"--gguf: llama.cpp has no tokenizer with {reason}, as {base} has: leave --gguf out")
+    if len(prefix := text_prefix(load_tokenizer(base))) > 1:
+        raise StageError(f"--gguf: llama.cpp puts one token before a text at most, {base} has {len(prefix)}")
 
 
 def unsupported_model(config: dict) -> str | None:
@@ -156,8 +158,6 @@ def add_tokenizer(writer: "gguf.GGUFWriter", base: Path, rows: int) -> None:
         tokens[token["id"]], types[token["id"]] = token["content"], special
     config, tokenizer = read_json(base / "config.json", "base"), load_tokenizer(base)
     end, prefix = end_of_text_id(base, config, tokenizer), text_prefix(tokenizer)
-    if len(prefix) > 1:
-        raise StageError(f"--gguf: llama.cpp puts one token before a text at most, {base} has {len(prefix)}")
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre_tokenizer(content))
     writer.add_token_list(tokens)
