@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpt2lora.model.lora import ADAPTER_CONFIG
+from gpt2lora.pipeline.adapter_files import ADAPTER_CONFIG
 from gpt2lora.pipeline.artifacts import read_source
 from gpt2lora.pipeline.schemas import LoraParams, QuantizationParams, TrainParams
 

@@ -173,6 +173,7 @@ CHANGED_VALUES = {
     "lora.use_rslora": True,
     "lora.use_dora": True,
     "lora.init": "orthogonal",
+    "lora.start_from": "first",
     "train.epochs": 2,
     "train.batch_size": 15,
     "train.accumulation_steps": 2,
@@ -186,6 +187,7 @@ CHANGED_VALUES = {
     "train.compile": "never",
     "train.deterministic": True,
     "train.validations": 4,
+    "train.patience": 3,
     "train.checkpoint_every": 3,
     "train.seed": 7,
 }
@@ -216,6 +218,8 @@ def test_every_parameter_changes_the_checkpoint_folder(training_folder, checkpoi
         tiny.set_param(training_folder, "method", "qlora")
     if key == "methods.qlora.bits":
         tiny.set_param(training_folder, "methods.qlora.double_quant", False)
+    if key == "lora.start_from":
+        tiny.write_adapter(Path("first"), Path("data/base"), r=16, alpha=32)
     before = checkpoint_folder()
     assert checkpoint_folder() == before
     tiny.set_param(training_folder, key, CHANGED_VALUES[key])
