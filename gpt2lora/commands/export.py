@@ -63,10 +63,7 @@ class Comparison:
 def main(out: Path, onto: str | None, gguf: str | None, base: Path, adapter: Path, tokens: Path, metrics: Path) -> None:
     """Write the tuned model as a plain transformers folder or as a GGUF file, and compare it with the tuned one."""
     modelfile = out.with_name(out.name.removesuffix(".gguf") + ".Modelfile")
-    if gguf and (taken := [path for path in (out, modelfile) if path.exists()]):
-        raise StageError(f"{taken[0]} exists: name a new file")
-    if not gguf and (out.is_file() or (out.is_dir() and any(out.iterdir()))):
-        raise StageError(f"{out} exists and is not an empty folder: name a new one")
+    check_new(out, modelfile if gguf else None)
     verify_folder(base, "base")
     if gguf:
         from gpt2lora.commands import export_gguf
@@ -103,6 +100,14 @@ def main(out: Path, onto: str | None, gguf: str | None, base: Path, adapter: Pat
         exported_files.write_card(adapter, folder, metrics)
         compare(loading.load_fp32(folder, folder))
     echo(f"export: {out} is a model for transformers' from_pretrained")
+
+
+def check_new(out: Path, modelfile: Path | None) -> None:
+    """Refuse to overwrite anything. modelfile: None if `out` is to be a folder, which may exist if it is empty."""
+    if modelfile and (taken := [path for path in (out, modelfile) if path.exists()]):
+        raise StageError(f"{taken[0]} exists: name a new file")
+    if not modelfile and (out.is_file() or (out.is_dir() and any(out.iterdir()))):
+        raise StageError(f"{out} exists and is not an empty folder: name a new one")
 
 
 def choose_base(onto: str | None, quantization: "QuantizationParams | None") -> str:
