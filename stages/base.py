@@ -55,7 +55,7 @@ def main(out: Path) -> None:
             check_floats(config, preset.model)
             check_context(config)
             check_layers(config_folder)
-            copy_model(source or hub.fetch_model(preset.model, preset.model_revision), folder)
+            origin |= copy_model(source or hub.fetch_model(preset.model, preset.model_revision), folder)
         check_weights(folder, preset.model)
         write_fast_tokenizer(folder, preset.model)
         size = check_vocabulary(folder, preset.model)
@@ -66,16 +66,17 @@ def main(out: Path) -> None:
 
 
 def check_layers(folder: Path) -> None:
-    """Refuse lora.target_modules and lora.layers as `train` would, by the config.json in `folder` alone."""
+    """Refuse lora.target_modules, layers and start_from as `train` would, by the config.json in `folder` alone."""
     lora = params.section("lora", LoraParams)
-    if params.value("method", str) != "full" and (lora.target_modules, lora.layers) != ("all-linear", "all"):
+    default = (lora.target_modules, lora.layers, lora.start_from) == ("all-linear", "all", None)
+    if params.value("method", str) != "full" and not default:
         from gpt2lora.model import layers  # takes torch, and seconds
 
         layers.check_target_layers(folder, lora)
 
 
-def copy_model(source: Path, folder: Path) -> None:
-    """Copy the files of a model that are needed, unchanged: no pickles, no code, no weights of other frameworks."""
+def copy_model(source: Path, folder: Path) -> dict:
+    """Copy the needed files of a model unchanged: no pickles, code, other frameworks' weights. Return its license."""
     weights = [path for pattern in WEIGHT_FILES for path in sorted(source.glob(pattern))]
     if not any(path.suffix == ".safetensors" for path in weights):
         pickles = sorted(path.name for path in source.iterdir() if path.suffix in hub.PICKLES)
@@ -84,6 +85,7 @@ def copy_model(source: Path, folder: Path) -> None:
     others = [path for pattern in CONFIG_FILES for path in sorted(source.glob(pattern)) if path.is_file()]
     for path in [*weights, *others]:
         shutil.copyfile(path, folder / path.name)
+    return local.read_license(source)
 
 
 def check_weights(folder: Path, name: str) -> None:

@@ -25,7 +25,7 @@ from gpt2lora.distributed import launch
 from gpt2lora.evaluation import plots, report
 from gpt2lora.evaluation.metrics import compute_metrics, count_scored, warn_about_metrics, write_positions
 from gpt2lora.pipeline import environment, params
-from gpt2lora.pipeline.artifacts import MANIFEST, atomic_output, digests, require_file, verify_digests
+from gpt2lora.pipeline.artifacts import MANIFEST, atomic_output, digests, file_digest, require_file, verify_digests
 from gpt2lora.pipeline.cli import StageError, command, echo
 from gpt2lora.pipeline.context import choose_stride
 from gpt2lora.pipeline.schemas import EvaluateParams, check_params
@@ -113,6 +113,7 @@ def evaluate(raw: Path, tokens: Path, base: Path, adapter: Path, loss: Path, out
     facts = {
         "method": report.describe_method(*loading.read_method(adapter)),
         "scored": report.describe_scoring(options.protocol, manifest, stride, prefix),
+        "adapter": file_digest(adapter / loading.METHOD_FILE),  # whose figures these are
         "precision": str(dtype).removeprefix("torch."),
         "processes": processes,
     }

@@ -1,9 +1,11 @@
-"""sources: links to a preset's model and texts on this disk, so that DVC sees when they change.
+"""sources: links to a preset's model and texts, and to an adapter to start from, so that DVC sees when they change.
 
-in   params.yaml: preset, presets.<preset>.model, .model_revision, .dataset, .dataset_revision
+in   params.yaml: preset, presets.<preset>.model, .model_revision, .dataset, .dataset_revision,
+     lora.start_from
 out  data/sources/paths.json: the full path of each, null for what is on the hub or in the sample
-     data/sources/model, data/sources/dataset: links to them, of which DVC knows only as inputs of `base` and `prepare`:
-     before DVC runs a stage it removes its outputs, or changes their permissions
+     data/sources/adapter.json: the full path of the adapter that training starts from, or null
+     data/sources/model, .../dataset, .../adapter: links to them, of which DVC knows only as inputs of `base`, `prepare`
+     and `train`: before DVC runs a stage it removes its outputs, or changes their permissions
 """
 
 import json
@@ -13,9 +15,10 @@ from pathlib import Path
 import click
 
 from gpt2lora.pipeline import params
+from gpt2lora.pipeline.adapter_files import find_start
 from gpt2lora.pipeline.artifacts import atomic_output
 from gpt2lora.pipeline.cli import command, echo
-from gpt2lora.pipeline.schemas import check_params
+from gpt2lora.pipeline.schemas import LoraParams, check_params
 from gpt2lora.sources import hub, local
 
 ELSEWHERE = "not a file or a folder of this disk\n"
@@ -24,7 +27,7 @@ ELSEWHERE = "not a file or a folder of this disk\n"
 @command
 @click.option("--out", type=Path, default="data/sources", show_default=True, help="Folder of the links.")
 def main(out: Path) -> None:
-    """Link the preset's model and texts, if they are on this disk, into data/sources."""
+    """Link the preset's model and texts, and the adapter to start from, into data/sources."""
     check_params()
     name = params.choice("preset", "presets")
     preset = params.section(f"presets.{name}", params.PresetParams)
@@ -32,11 +35,17 @@ def main(out: Path) -> None:
         "model": find_source(f"presets.{name}.model", preset.model, preset.model_revision),
         "dataset": find_source(f"presets.{name}.dataset", preset.dataset, preset.dataset_revision),
     }
+    start = find_start(params.section("lora", LoraParams))
     for kind, path in paths.items():
         write_link(out / kind, path)
-    with atomic_output(out / "paths.json") as file:
-        file.write_text(json.dumps(paths, indent=2) + "\n")
-    echo("sources: " + ", ".join(f"{kind} {path or 'not on this disk'}" for kind, path in paths.items()))
+    adapter = {"adapter": start and os.path.abspath(start)}
+    write_link(out / "adapter", adapter["adapter"])
+    # Two files: an adapter to start from is no input of `base` and `prepare`.
+    for name, content in (("paths.json", paths), ("adapter.json", adapter)):
+        with atomic_output(out / name) as file:
+            file.write_text(json.dumps(content, indent=2) + "\n")
+    linked = paths | (adapter if start else {})
+    echo("sources: " + ", ".join(f"{kind} {path or 'not on this disk'}" for kind, path in linked.items()))
 
 
 def find_source(key: str, source: str | None, revision: str | None) -> str | None:

@@ -20,6 +20,7 @@ import click
 
 from gpt2lora.distributed import launch
 from gpt2lora.pipeline import environment, params
+from gpt2lora.pipeline.adapter_files import describe_start
 from gpt2lora.pipeline.artifacts import atomic_output, prefetch_digests
 from gpt2lora.pipeline.cli import command, echo
 from gpt2lora.pipeline.schemas import METHODS, LoraParams, QuantizationParams, TrainParams, check_params
@@ -58,7 +59,7 @@ def train(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path)
     from gpt2lora.distributed import group
     from gpt2lora.model import layers, loading, lora
     from gpt2lora.training import checkpoint, model_card, oom, summary
-    from gpt2lora.training.loop import fit
+    from gpt2lora.training.loop import count_steps, fit
 
     check_processes(options.accumulation_steps, group.size())
     prefix = read_token_manifest(tokens, base)["prefix"]
@@ -73,14 +74,17 @@ def train(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path)
     if options.deterministic and target.type == "cuda":
         device.make_deterministic()
     torch.manual_seed(seed)
+    start = describe_start(lora_params)  # before it is read: what changes it later must not go into the records
     model, initial_factors = loading.load_for_training(base, method, quantization, lora_params, dtype)
+    if start:
+        echo("train: starts from the adapter {folder}, SHA-256 {sha256}".format(**start["start_from"]))
     summary.echo_weights_without_adapter(model)
     train, validation = load_blocks(tokens, "train", prefix), load_blocks(tokens, "validation", prefix)
 
     sections = {"quantization": quantization, "lora": lora_params, "train": options}
     values = {name: section and asdict(section) for name, section in sections.items()}
     code = checkpoint.code_files(Path(__file__))
-    facts = checkpoint.run_facts(values | {"method": method, "seed": seed}, [tokens, base], code)
+    facts = checkpoint.run_facts(values | {"method": method, "seed": seed} | start, [tokens, base], code)
     group.check_same(facts, name)
     key = checkpoint.run_key(facts, checkpoint.hardware_facts(target, dtype))
     interval = options.checkpoint_every
@@ -97,7 +101,7 @@ def train(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path)
     if not group.leave():
         return
 
-    record = summary.summarize_training(model, history)
+    record = summary.summarize_training(model, history, count_steps(len(train), options)) | start
     timings = summary.measure_speed(history, device.peak_memory(target))
     with (
         atomic_output(metrics / "train_timings.json") as timings_file,

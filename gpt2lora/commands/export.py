@@ -2,6 +2,7 @@
 
 in   data/adapter, data/base, data/tokens (the validation split, to compare models on; without it, random tokens)
 out  the folder --out: config.json, generation_config.json, *.safetensors in fp32, the tokenizer's files
+     or with --gguf the file --out, and a Modelfile beside it
 
 An adapter that was trained on a quantized base can be merged into either of two float bases:
 
@@ -12,16 +13,15 @@ Merging into the quantized weights themselves would quantize the sum again, and 
 """
 
 import math
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from gpt2lora.commands import exported_files
 from gpt2lora.pipeline.artifacts import atomic_output, verify_folder
 from gpt2lora.pipeline.cli import StageError, command, echo
-from gpt2lora.sources.hub import CONFIG_FILES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,38 +45,69 @@ class Comparison:
 
 
 @command
-@click.option("--out", type=Path, required=True, help="Folder to write: a new or an empty one.")
+@click.option("--out", type=Path, required=True, help="Folder to write: a new or an empty one. With --gguf a new file.")
 @click.option(
     "--onto",
     type=click.Choice(["original", "dequantized"]),
     help="Float base to merge into; default: dequantized if the adapter was trained on a quantized base.",
 )
+@click.option(
+    "--gguf",
+    type=click.Choice(["f16", "q8_0"]),
+    help="Write --out as a GGUF file for llama.cpp, and a Modelfile for Ollama beside it.",
+)
 @click.option("--base", type=Path, default="data/base", show_default=True, help="Folder of the base model.")
 @click.option("--adapter", type=Path, default="data/adapter", show_default=True, help="Folder of the adapter.")
 @click.option("--tokens", type=Path, default="data/tokens", show_default=True, help="Folder of the token arrays.")
-def main(out: Path, onto: str | None, base: Path, adapter: Path, tokens: Path) -> None:
-    """Write the tuned model as a plain transformers folder, and compare the two."""
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise StageError(f"{out} exists and is not an empty folder: name a new one")
+@click.option("--metrics", type=Path, default="metrics", show_default=True, help="Folder of the model card's figures.")
+def main(out: Path, onto: str | None, gguf: str | None, base: Path, adapter: Path, tokens: Path, metrics: Path) -> None:
+    """Write the tuned model as a plain transformers folder or as a GGUF file, and compare it with the tuned one."""
+    modelfile = out.with_name(out.name.removesuffix(".gguf") + ".Modelfile")
+    check_new(out, modelfile if gguf else None)
     verify_folder(base, "base")
+    if gguf:
+        from gpt2lora.commands import export_gguf
+
+        export_gguf.check_base(base)
     echo("export: loading torch and transformers")
     from gpt2lora.model import loading
 
     method, quantization = loading.read_method(adapter)
     onto = choose_base(onto, quantization)
     loading.verify_adapter_and_base(base, adapter)
-    with atomic_output(out) as folder:
-        folder.mkdir()
-        network = merge_adapter(base, adapter, method, quantization, onto)
-        if network.config.model_type == "gpt2":
-            network.config.n_ctx = network.config.n_positions  # transformers 5 omits it, llama.cpp's converter reads it
-        network.save_pretrained(folder)
-        copy_tokenizer(base, folder)
+    network = merge_adapter(base, adapter, method, quantization, onto)
+
+    def compare(exported: "PreTrainedModel") -> None:
         sample, name = comparison_blocks(tokens, base)
-        found = compare_models(folder, base, adapter, sample)
+        found = compare_models(exported, base, adapter, sample)
         echo(f"export: {describe_comparison(found, method, onto)}, on {name}")
         check_comparison(found, same=quantization is None or onto == "dequantized")
+
+    if gguf:
+        compare(network)
+        with atomic_output(modelfile) as new_modelfile, atomic_output(out) as file:
+            count = export_gguf.write_gguf(network, base, gguf, file)
+            export_gguf.check_file(file, network)
+            new_modelfile.write_text(export_gguf.modelfile(out, base), encoding="utf-8")
+        echo(f"export: {out} holds {count} tensors for llama.cpp, each read back as {gguf} rounds it")
+        echo(f"export: ollama create NAME -f {modelfile}")
+        return
+    with atomic_output(out) as folder:
+        folder.mkdir()
+        network.save_pretrained(folder)
+        exported_files.complete_config(base, folder)
+        exported_files.copy_tokenizer(base, folder)
+        exported_files.write_card(adapter, folder, metrics)
+        compare(loading.load_fp32(folder, folder))
     echo(f"export: {out} is a model for transformers' from_pretrained")
+
+
+def check_new(out: Path, modelfile: Path | None) -> None:
+    """Refuse to overwrite anything. modelfile: None if `out` is to be a folder, which may exist if it is empty."""
+    if modelfile and (taken := [path for path in (out, modelfile) if path.exists()]):
+        raise StageError(f"{taken[0]} exists: name a new file")
+    if not modelfile and (out.is_file() or (out.is_dir() and any(out.iterdir()))):
+        raise StageError(f"{out} exists and is not an empty folder: name a new one")
 
 
 def choose_base(onto: str | None, quantization: "QuantizationParams | None") -> str:
@@ -104,14 +135,6 @@ def merge_adapter(
     return lora.load_adapter(network, adapter).merge_and_unload()
 
 
-def copy_tokenizer(base: Path, folder: Path) -> None:
-    """Copy the tokenizer's files, and all other files of the base that the export has not written itself."""
-    for pattern in CONFIG_FILES:
-        for file in sorted(base.glob(pattern)):
-            if not (folder / file.name).exists():  # save_pretrained wrote config.json, with the new dtype
-                shutil.copyfile(file, folder / file.name)
-
-
 def comparison_blocks(tokens: Path, base: Path) -> "tuple[Blocks, str]":
     """Return some blocks of the validation split, or of random tokens if there is none, and their description."""
     import numpy as np
@@ -130,8 +153,8 @@ def comparison_blocks(tokens: Path, base: Path) -> "tuple[Blocks, str]":
     return sample, f"{sample.targets:,} random tokens ({tokens} has no validation split)"
 
 
-def compare_models(exported: Path, base: Path, adapter: Path, sample: "Blocks") -> Comparison:
-    """Load the exported folder, and run it and the tuned model on the same rows, in fp32."""
+def compare_models(exported: "PreTrainedModel", base: Path, adapter: Path, sample: "Blocks") -> Comparison:
+    """Run the exported and the tuned model on the same rows, in fp32."""
     import numpy as np
     import torch
     import torch.nn.functional as F
@@ -141,12 +164,12 @@ def compare_models(exported: Path, base: Path, adapter: Path, sample: "Blocks") 
 
     tuned = loading.load_tuned(base, adapter, torch.float32).eval()
     device = next(tuned.parameters()).device
-    reloaded = loading.load_fp32(exported, exported).to(device).eval()
+    exported = exported.to(device).eval()
     differences, sizes, sums = [], [], np.zeros(2)
     for row in range(len(sample)):  # one at a time: the logits of a GPT-2 row take 0.2 GB
         inputs, targets = make_batch(sample, np.array([row]), device)
         with torch.no_grad():
-            logits, expected = (network(input_ids=inputs, use_cache=False).logits[0] for network in (reloaded, tuned))
+            logits, expected = (network(input_ids=inputs, use_cache=False).logits[0] for network in (exported, tuned))
         differences.append(float((logits - expected).abs().max()))
         sizes.append(float(expected.abs().max()))
         sums += [

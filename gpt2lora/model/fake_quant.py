@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-QUANTIZED_WEIGHTS = "adapter_quantized.safetensors"
+from gpt2lora.pipeline.adapter_files import QUANTIZED_WEIGHTS
+
 BLOCK_SIZE = 64  # values that share a scale
 NF4 = torch.tensor(
     [

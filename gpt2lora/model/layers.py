@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gpt2lora.model.errors import library_errors
 from gpt2lora.pipeline import params
+from gpt2lora.pipeline.adapter_files import read_layers, start_path
 from gpt2lora.pipeline.artifacts import require_file
 from gpt2lora.pipeline.schemas import LoraParams, parse_layers
 
@@ -35,7 +36,28 @@ def load_on_meta(folder: Path) -> PreTrainedModel:
 
 def check_target_layers(folder: Path, lora: LoraParams) -> None:
     """Refuse lora.target_modules and lora.layers that the model in `folder` lacks; its weights may be missing."""
-    select_target_layers(list(linear_layers(load_on_meta(folder))), lora)
+    layers = linear_layers(load_on_meta(folder))
+    selected = select_target_layers(list(layers), lora)
+    if (start := start_path(lora)) and start.exists():
+        check_start_layers({name: layer_shape(layers[name]) for name in selected}, read_layers(start))
+
+
+def layer_shape(layer: torch.nn.Module) -> tuple[int, int]:
+    """Return a layer's numbers of inputs and outputs."""
+    outputs, inputs = layer.weight.T.shape if isinstance(layer, Conv1D) else layer.weight.shape
+    return inputs, outputs
+
+
+def check_start_layers(selected: dict[str, tuple[int, int]], start: dict[str, tuple[int, int]]) -> None:
+    """Refuse an adapter to start from, `start`, that has other layers than the ones `selected`."""
+    key, of = "lora.start_from", "an adapter of the layers that lora.target_modules and lora.layers select"
+    if lacking := [name for name in selected if name not in start]:
+        raise params.invalid(key, f"one without {', '.join(lacking[:4])}", of)
+    if more := [name for name in start if name not in selected]:
+        raise params.invalid(key, f"one with {', '.join(more[:4])}", of)
+    for name, (inputs, outputs) in selected.items():
+        found = "{} x {} for {}".format(*start[name], name)
+        params.require(start[name] == (inputs, outputs), key, found, f"layers of the base, {inputs} x {outputs}")
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, torch.nn.Module]:

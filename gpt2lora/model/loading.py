@@ -12,6 +12,7 @@ from gpt2lora.model import attention, device, lora, lora_init
 from gpt2lora.model.errors import library_errors
 from gpt2lora.model.layers import load_config, loading_errors
 from gpt2lora.model.quantization import bitsandbytes_config, check_4bit_width, prepare_8bit_layer
+from gpt2lora.pipeline.adapter_files import find_start
 from gpt2lora.pipeline.artifacts import digests, read_json, verify_digests
 from gpt2lora.pipeline.cli import StageError
 from gpt2lora.pipeline.schemas import LoraParams, QuantizationParams
@@ -76,6 +77,8 @@ def load_for_training(
     with library_errors(f"{base}: PEFT cannot attach an adapter", "set lora.target_modules to names of other layers"):
         model = lora.attach_lora(model, lora_params)
     floats = lora.linear_layers(load_base(base, None, dtype)) if lora_params.init == "loftq" else {}
+    if start := find_start(lora_params):
+        lora.load_start(model, start)
     initial_factors = lora_init.initialize_lora(lora.lora_layers(model), lora_params.init, floats)
     if not lora_params.use_dora:  # DoRA computes norms of whole weights, which need fp32
         cast_frozen(model, dtype)

@@ -19,12 +19,12 @@ from transformers.pytorch_utils import Conv1D
 from gpt2lora.model import fake_quant, lora_forward, lora_init
 from gpt2lora.model.layers import linear_layers, select_target_layers
 from gpt2lora.model.quantization import parameter_size
+from gpt2lora.pipeline.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, QUANTIZED_WEIGHTS
 from gpt2lora.pipeline.artifacts import require_file
 from gpt2lora.pipeline.cli import StageError
 from gpt2lora.pipeline.schemas import LoraParams
 
 FUSED_LAYERS = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")  # whose update `lora_forward` computes
-ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def attach_lora(model: PreTrainedModel, lora: LoraParams) -> torch.nn.Module:
@@ -117,6 +117,33 @@ def save_adapter(
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
+def read_adapter(folder: Path) -> dict[str, torch.Tensor]:
+    """Return an adapter's tensors by their names in PEFT's state dict, dequantized if they were stored in few bits."""
+    if (folder / QUANTIZED_WEIGHTS).exists():
+        return fake_quant.load_quantized(folder)
+    return load_file(require_file(folder / ADAPTER_WEIGHTS, "train"))
+
+
+def load_start(network: torch.nn.Module, folder: Path) -> None:
+    """Replace the initial values of a new adapter by those of the adapter in `folder`.
+
+    Raises:
+        StageError: a value is not finite, or tensors are missing or too many.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    tensors = read_adapter(folder)
+    if broken := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
+        raise StageError(f"params.yaml: lora.start_from: {folder}: {broken[0]} holds values that are not finite")
+    expected = {name: value.shape for name, value in get_peft_model_state_dict(network).items()}
+    found = {name: value.shape for name, value in tensors.items()}
+    if found != expected:
+        name = min({name for name, _ in expected.items() ^ found.items()})
+        shapes = f"{tuple(found.get(name, ())) or 'missing'}, {tuple(expected.get(name, ())) or 'nothing'} was expected"
+        raise StageError(f"params.yaml: lora.start_from: {folder}: {name} is {shapes}")
+    set_peft_model_state_dict(network, tensors)
+
+
 def load_adapter(model: PreTrainedModel, folder: Path) -> torch.nn.Module:
     """Load an adapter that `save_adapter` wrote onto a base, which may be quantized differently than in training.
 
@@ -125,10 +152,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> torch.nn.Module:
     """
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
-    if (folder / fake_quant.QUANTIZED_WEIGHTS).exists():
-        tensors = fake_quant.load_quantized(folder)
-    else:
-        tensors = load_file(require_file(folder / ADAPTER_WEIGHTS, "train"))
+    tensors = read_adapter(folder)
     config = LoraConfig.from_pretrained(folder)
     config.fan_in_fan_out = is_fan_in_fan_out(model)
     config.base_model_name_or_path = model.name_or_path  # otherwise PEFT warns if the folder has another name

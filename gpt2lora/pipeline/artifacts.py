@@ -17,6 +17,8 @@ from gpt2lora.pipeline.cli import StageError
 # NumPy and safetensors report a full disk in errors without an errno.
 DISK_FULL = re.compile(r"\d+ requested and \d+ written|No space left on device")
 MANIFEST = "manifest.json"
+_UMASK = os.umask(0o022)  # it can only be read by setting it, which no thread should see
+os.umask(_UMASK)
 
 
 def require_file(path: Path, stage: str) -> Path:
@@ -125,6 +127,8 @@ def atomic_output(target: Path) -> Iterator[Path]:
     try:
         yield new
         for path in (new, *new.rglob("*")):
+            if path.is_file() and not path.is_symlink():
+                path.chmod(0o666 & ~_UMASK)  # safetensors writes files that nobody else can read
             _fsync(path)
         if target.is_dir():
             target.rename(old)

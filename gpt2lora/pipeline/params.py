@@ -87,6 +87,14 @@ def invalid(key: str, value: Any, expected: str) -> StageError:
     return StageError(f"{FILE}: {key}: expected {expected}, not {value!r}")
 
 
+def seen_from(path: Path) -> str:
+    """Return words for an error: from where a path that does not exist was looked for."""
+    seen = f"seen from {Path.cwd()}"
+    if ".dvc/tmp" in Path.cwd().as_posix() and not path.is_absolute():
+        seen += ", a temporary folder of DVC's: write the full path"
+    return seen
+
+
 def _to_dataclass(values: dict, schema: type[Schema], key: str) -> Schema:
     """Return `values`, found at `key` ("" for the whole file), as an instance of `schema`."""
     types = {field.name: field.type for field in fields(schema)}
@@ -134,12 +142,17 @@ def _read() -> bytes:
 
 @functools.lru_cache(1)  # parsing takes 20 ms, and a check of the whole file reads 20 keys
 def _parse(content: bytes) -> Any:
-    from ruamel.yaml import YAML  # DVC's own reader: it reads 5e-05, which `dvc exp run -S` writes, as a number
-
     try:
-        return YAML(typ="safe").load(content)
+        return parse_yaml(content)
     except Exception as error:  # invalid dates, numbers of 5,000 digits and recursive lists raise many types
         raise StageError(f"{FILE}: not readable as YAML: {error}") from error
+
+
+def parse_yaml(content: bytes | str) -> Any:
+    """Return what a YAML text holds."""
+    from ruamel.yaml import YAML  # DVC's own reader: it reads 5e-05, which `dvc exp run -S` writes, as a number
+
+    return YAML(typ="safe").load(content)
 
 
 def _type_name(kind: Any) -> str:

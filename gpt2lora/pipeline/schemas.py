@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpt2lora.pipeline import params
+from gpt2lora.pipeline.adapter_files import check_start
 from gpt2lora.pipeline.context import choose_block_size, choose_stride
 
 LAYOUTS = ("packed", "padded")
@@ -89,6 +90,7 @@ class LoraParams:
     use_rslora: bool
     use_dora: bool
     init: str
+    start_from: str | None
 
     def __post_init__(self):
         params.require(self.r > 0, "lora.r", self.r, "an integer above 0")
@@ -107,6 +109,10 @@ class LoraParams:
             params.require(self.bits == 16, f"lora.bits with init {self.init}", self.bits, kept)
         if self.init == "orthogonal":
             params.require(self.r % 2 == 0, "lora.r with init orthogonal", self.r, "an even number")
+        if self.start_from is not None:
+            params.require(self.start_from.strip(), "lora.start_from", self.start_from, "a folder, or null")
+            given = "default, since lora.start_from gives the initial values"
+            params.require(self.init == "default", "lora.init", self.init, given)
         if self.init == "loftq":
             fixed = "false: DoRA takes its magnitudes from the quantized base, which loftq corrects"
             params.require(not self.use_dora, "lora.use_dora with init loftq", self.use_dora, fixed)
@@ -139,6 +145,7 @@ class TrainParams:
     compile: str
     deterministic: bool
     validations: int
+    patience: int | None
     checkpoint_every: int | None
     seed: int | None
 
@@ -151,6 +158,8 @@ class TrainParams:
         for name in ("warmup_fraction", "base_dropout"):
             share = getattr(self, name)
             params.require(0 <= share < 1, f"train.{name}", share, "a number of at least 0, below 1")
+        valid = self.patience is None or self.patience > 0
+        params.require(valid, "train.patience", self.patience, "an integer above 0, or null")
         valid = self.checkpoint_every is None or self.checkpoint_every >= 0
         params.require(valid, "train.checkpoint_every", self.checkpoint_every, "an integer of at least 0, or null")
         params.require(0 <= self.weight_decay < math.inf, "train.weight_decay", self.weight_decay, "0 or more")
@@ -211,6 +220,7 @@ def check_params() -> None:
         params.section(f"presets.{name}", params.PresetParams)
     found = {name: params.section(name, schema) for name, schema in SECTIONS.items()}
     check_method(method, found["lora"], found["train"])
+    check_start(found["lora"])
     if (block_size := found["tokenize"].block_size) is not None:
         choose_stride(found["evaluate"], block_size)
 
@@ -225,6 +235,7 @@ def check_method(method: str, lora: LoraParams, train: TrainParams) -> None:
     """Refuse values of `lora` and `train` that do not go with the method."""
     if method == "full":
         params.require(train.lora_plus_ratio == 1, "train.lora_plus_ratio", train.lora_plus_ratio, "1 with full")
+        params.require(lora.start_from is None, "lora.start_from", lora.start_from, "null with full: it is an adapter")
         return
     quantized = method == "qlora"
     others = f"default, orthogonal or loftq with method qlora: {lora.init} takes floats out of the base"

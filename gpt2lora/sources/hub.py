@@ -21,8 +21,9 @@ MODEL_FILES = (
     *("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "tokenizer.model"),
+    "README.md",
 )
-CONFIG_FILES = tuple(name for name in MODEL_FILES if not name.startswith("*"))  # all but the weights
+CONFIG_FILES = tuple(name for name in MODEL_FILES if name[0] != "*" and name != "README.md")  # to be copied
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Set before the libraries are imported. Xet, the hub's protocol for large files, retries silently for 4.5 minutes
 # behind a firewall that blocks its storage but not the hub; plain HTTP fails in time.

@@ -1,11 +1,14 @@
 """Models and texts on the local disk."""
 
+import contextlib
+import json
 import os
 import re
 from pathlib import Path
 
+from gpt2lora.pipeline import params
 from gpt2lora.pipeline.cli import StageError
-from gpt2lora.pipeline.params import invalid
+from gpt2lora.pipeline.params import invalid, seen_from
 
 SAMPLE = "sample"
 TEXT_OR_WEIGHTS = re.compile(r".*\.(txt|text|md|jsonl?|csv|tsv|parquet|arrow|gz|zst|zip|safetensors|bin|gguf)", re.I)
@@ -28,15 +31,27 @@ def resolve_local_path(key: str, source: str | None, revision: str | None) -> Pa
         if revision:
             raise invalid(f"{key}_revision", revision, f"null, since {source} is on this disk")
         return path
-    seen = f"seen from {Path.cwd()}"
-    if ".dvc/tmp" in Path.cwd().as_posix() and not path.is_absolute():
-        seen += ", a temporary folder of DVC's: write the full path"
+    seen = seen_from(path)
     if source.startswith((".", "/", "~")) or not HUB_ID.fullmatch(source):
         raise StageError(f"params.yaml: {key}: {source!r} does not exist, {seen}")
     if not revision and TEXT_OR_WEIGHTS.fullmatch(source):
         hub = f"as an id on the hub it needs its full commit hash in {key}_revision"
         raise StageError(f"params.yaml: {key}: {source!r} does not exist, {seen}; {hub}")
     return None
+
+
+def read_license(folder: Path) -> dict[str, dict[str, str]]:
+    """Return {"license": ...} as a model's README.md, its model card, or else its config.json has it; {} if neither."""
+    keys = ("license", "license_name", "license_link")
+    for name in ("README.md", "config.json"):
+        with contextlib.suppress(Exception):  # neither file must be in order
+            text = (folder / name).read_text(encoding="utf-8")
+            block = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, re.S) if name == "README.md" else None
+            content = params.parse_yaml(block[1]) if name == "README.md" else json.loads(text)
+            found = {key: content[key] for key in keys if isinstance(content.get(key), str)}
+            if "license" in found:
+                return {"license": found}
+    return {}
 
 
 def read_text(path: Path) -> str:

@@ -57,7 +57,7 @@ def fit(
     optimizer = make_optimizer(model, options)
     set_base_dropout(model, options.base_dropout)
     rows_per_step = options.batch_size * options.accumulation_steps
-    steps = options.epochs * math.ceil(len(train) / rows_per_step)
+    steps = count_steps(len(train), options)
     progress.echo_plan(train, validation, options, steps)
     stops = stop_check(checkpoints)
     with computation_errors(model, dtype, "train.precision"):
@@ -70,6 +70,8 @@ def fit(
     if state.unvalidated is not None:  # the run that stopped had not validated its last step
         validate(model, validation, backward, state, steps, trained, options, dtype, stops)
         batches = () if state.stopping else batches
+    if state.history.has_stalled(options.patience):  # the run that stopped had come to its early end
+        batches = ()
     time_left = progress.TimeLeft(state)
     state.start_clock()
 
@@ -99,12 +101,19 @@ def fit(
             state.stopping = checkpoints.stop_requested() if checkpoints else 0
             if checkpoints and checkpoints.is_due(state.step, bool(state.stopping)):
                 save_checkpoint(checkpoints, state, trained, optimizer, bar)
-            if state.stopping:
+            if state.stopping or state.history.has_stalled(options.patience):
                 break
     if state.stopping:
         checkpoints.stop(state.step, steps, state.stopping)
+    if state.step < steps:
+        progress.echo_early_end(state.history, options.patience, steps)
     load_values(trained, state.best_values)
     return state.history
+
+
+def count_steps(rows: int, options: TrainParams) -> int:
+    """Return the planned number of steps, by which the learning rate decays; train.patience may end a run earlier."""
+    return options.epochs * math.ceil(rows / (options.batch_size * options.accumulation_steps))
 
 
 def resume_state(

@@ -5,11 +5,16 @@ It depends on the parameters, the inputs and the result of a run alone, so that 
 
 import json
 import math
+from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from gpt2lora.model.lora import ADAPTER_CONFIG
+from gpt2lora.pipeline.adapter_files import ADAPTER_CONFIG
 from gpt2lora.pipeline.artifacts import read_source
 from gpt2lora.pipeline.schemas import LoraParams, QuantizationParams, TrainParams
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
 
 CARD = "README.md"
 METHOD_NAMES = {"lora": "A LoRA adapter", "qlora": "A QLoRA adapter", "full": "A fully fine-tuned model"}
@@ -49,16 +54,19 @@ def write_card(
         "base": describe_source(source.get("model"), source.get("revision")) or f"`{base}`",
         "data": describe_source(data.get("dataset"), data.get("revision"), data.get("config")) or "not recorded",
         "method": describe_training(method, quantization, lora),
+        "started from": describe_start(record),
+        "versions": ", ".join(f"{name} {version(name)}" for name in ("peft", "transformers", "torch")),
         "training": f"{record['steps']:,} steps, {record['tokens']:,} tokens, learning rate {train.learning_rate:g}",
         "trained parameters": "{:,} of {:,}".format(*parameters),
         "validation loss": f"{before:.4f} nats/token before training, {after:.4f} after step {record['best_step']:,}",
         "validation perplexity": f"{perplexity(before)} before training, {perplexity(after)} after",
     }
-    table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {escape(text)} |" for name, text in rows.items())])
+    table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {escape(text)} |" for name, text in rows.items() if text)])
     title = f"{METHOD_NAMES[method]} for {Path(source.get('model') or 'the embedded sample').name}"
     figures = "Figures on the test split are in `metrics/eval.json` and `metrics/report.md` of the same run."
     load = describe_loading(base, source, method, quantization, lora)
-    text = f"---\n{card_metadata(source, data, method)}\n---\n\n# {title}\n\n{table}\n\n{figures}\n\n## Load\n\n{load}"
+    metadata = card_metadata(source, data, method, record)
+    text = f"---\n{metadata}\n---\n\n# {title}\n\n{table}\n\n{figures}\n\n## Load\n\n{load}"
     (folder / CARD).write_text(text, encoding="utf-8")
 
 
@@ -72,17 +80,43 @@ def escape(text: str) -> str:
     return " ".join(text.split("\n")).replace("|", "\\|")
 
 
-def card_metadata(source: dict, data: dict, method: str) -> str:
+def card_metadata(source: dict, data: dict, method: str, record: dict) -> str:
     """Return the hub's metadata as YAML. Only what is on the hub is named there: a base by id, not by folder."""
     from huggingface_hub import ModelCardData
 
+    relation = {"base_model_relation": "finetune" if method == "full" else "adapter"} if source.get("revision") else {}
     return ModelCardData(
         base_model=source["model"] if source.get("revision") else None,
         datasets=[data["dataset"]] if data.get("revision") else None,
         library_name="transformers" if method == "full" else "peft",
         pipeline_tag="text-generation",
         tags=[method],
+        model_name=f"{Path(source.get('model') or 'sample').name}-{method}",
+        eval_results=validation_results(data, record),
+        metrics=["perplexity"],
+        **relation,
+        **(source.get("license") or {}),
     ).to_yaml()
+
+
+def validation_results(data: dict, record: dict) -> "list[EvalResult]":
+    """Return loss and perplexity on the validation split, as the hub shows them."""
+    from huggingface_hub import EvalResult
+
+    loss = record["best_validation_loss"]
+    values = {"loss": loss, "perplexity": math.exp(loss)} if loss < 709 else {"loss": loss}
+    name = data.get("dataset") or "unknown"
+    dataset = {
+        "dataset_type": name if data.get("revision") else Path(name).name,
+        "dataset_name": Path(name).name,
+        "dataset_config": data.get("config"),
+        "dataset_revision": data.get("revision"),
+        "dataset_split": "validation",
+    }
+    return [
+        EvalResult(task_type="text-generation", metric_type=metric, metric_value=round(value, 4), **dataset)
+        for metric, value in values.items()
+    ]
 
 
 def describe_source(name: str | None, revision: str | None, config: str | None = None) -> str:
@@ -92,6 +126,12 @@ def describe_source(name: str | None, revision: str | None, config: str | None =
     if not revision:
         return f"`{name}`"
     return f"`{name}`{f', {config}' * bool(config)}, at commit `{revision}` of the hub"
+
+
+def describe_start(record: dict) -> str:
+    """Return in words from which adapter training started, "" if from none."""
+    start = record.get("start_from")
+    return f"the adapter `{Path(start['folder']).name}`, SHA-256 `{start['sha256']}`" if start else ""
 
 
 def describe_training(method: str, quantization: QuantizationParams | None, lora: LoraParams) -> str:

@@ -5,7 +5,7 @@ import time
 from gpt2lora.dataset.blocks import Blocks
 from gpt2lora.pipeline.cli import echo
 from gpt2lora.pipeline.schemas import TrainParams
-from gpt2lora.training.state import TrainState
+from gpt2lora.training.state import History, TrainState
 
 FIRST, LAST = 3, 10  # steps of a run between which the time of a step is measured; the first ones take longer
 LONG_VALIDATION = 30  # seconds
@@ -31,6 +31,14 @@ def echo_validation_time(seconds: float, options: TrainParams, steps: int) -> No
     if seconds > LONG_VALIDATION:
         count = min(options.validations, steps)
         echo(f"train: a validation takes {format_seconds(seconds)}; {count:,} more are to come: train.validations")
+
+
+def echo_early_end(history: History, patience: int, steps: int) -> None:
+    """Print that training ends before its last step, and why."""
+    echo(
+        f"train: ends early, after step {history.rows[-1]['step']:,} of {steps:,}: no validation loss below that of "
+        f"step {history.best['step']:,} in {patience:,} validations (train.patience)"
+    )
 
 
 class TimeLeft:

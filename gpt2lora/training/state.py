@@ -21,6 +21,10 @@ class History:
     tokens: int  # targets trained on, over all epochs
     seconds: float  # without validation
 
+    def has_stalled(self, patience: int | None) -> bool:
+        """Tell whether the last `patience` validations found no new lowest loss; None waits for ever."""
+        return patience is not None and self.best in self.rows[:-patience]
+
     def write_csv(self, file: Path) -> None:
         """Write all rows, so that `dvc plots show` can draw a run that has not ended."""
         with atomic_output(file) as new, new.open("w", newline="", encoding="utf-8") as stream:

@@ -8,7 +8,7 @@ from gpt2lora.pipeline.cli import echo
 from gpt2lora.training.state import History
 
 
-def summarize_training(model: torch.nn.Module, history: History) -> dict:
+def summarize_training(model: torch.nn.Module, history: History, planned_steps: int) -> dict:
     """Return what each run reproduces: sizes, steps, tokens, losses in nats/token, and the layers with an adapter."""
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     frozen = count_frozen_parameters(model)
@@ -18,6 +18,7 @@ def summarize_training(model: torch.nn.Module, history: History) -> dict:
         "trainable_percent": 100 * trainable / (trainable + frozen),
         "frozen_base_bytes": count_frozen_bytes(model),
         "steps": history.rows[-1]["step"],
+        "planned_steps": planned_steps,  # more than steps if train.patience ended the run
         "tokens": history.tokens,
         "start_validation_loss": history.start_loss,
         "best_validation_loss": history.best["validation_loss"],

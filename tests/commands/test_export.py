@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -13,14 +14,16 @@ import pytest
 import tiny
 import torch
 from click.testing import CliRunner
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from gpt2lora.commands import export
+from gpt2lora.commands import export, exported_files
 from gpt2lora.dataset import blocks
 from gpt2lora.model import loading, lora
 from gpt2lora.model import quantization as quantization_module
+from gpt2lora.pipeline import artifacts
 from gpt2lora.pipeline.cli import StageError
 from gpt2lora.pipeline.schemas import QuantizationParams
 from gpt2lora.scoring import log_likelihood
@@ -205,11 +208,15 @@ def file_bytes(folder: str, name: str) -> bytes:
 def check_files(base: str) -> None:
     names = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert set(os.listdir("out")) == names
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        assert file_bytes("out", name) == file_bytes(base, name)
+    assert {path.stat().st_mode & 0o777 for path in Path("out").iterdir()} == {0o666 & ~artifacts._UMASK}
+    assert file_bytes("out", "tokenizer.json") == file_bytes(base, "tokenizer.json")
+    expected = json.loads(file_bytes(base, "tokenizer_config.json"))
+    # What transformers 4 knows, beside the names of transformers 5.
+    assert json.loads(file_bytes("out", "tokenizer_config.json")) == expected | {
+        "tokenizer_class": "PreTrainedTokenizerFast"
+    }
     expected = json.loads(file_bytes(base, "config.json"))
-    if base == "gpt2":
-        expected["n_ctx"] = expected["n_positions"]  # llama.cpp's converter fails without it
+    expected |= {"n_ctx": 64} if base == "gpt2" else {"rope_theta": 10000.0}
     assert json.loads(file_bytes("out", "config.json")) == expected
     assert "gelu_new" in file_bytes("out", "config.json").decode() or base == "llama"
     text = " the river reached the coast . "
@@ -224,6 +231,50 @@ def test_a_base_in_half_precision_is_exported_in_fp32():
     run_export("half")
     assert json.loads(file_bytes("out", "config.json"))["dtype"] == "float32"
     assert {value.dtype for value in load_file("out/model.safetensors").values()} == {torch.float32}
+
+
+def test_the_config_holds_what_transformers_4_reads():
+    """Keys that transformers 5 does not write any more: without rope_theta, transformers 4 would take 10,000."""
+    rope = {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0}
+    for folder, content in (
+        ("old", {"rope_theta": 5e5, "rope_scaling": {"type": "linear"}, "torch_dtype": "float16", "auto_map": {}}),
+        ("new", {"rope_parameters": rope, "dtype": "float32", "extra_special_tokens": ["<sep>"]}),
+    ):
+        Path(folder).mkdir()
+        for name in ("config.json", "tokenizer_config.json"):
+            Path(folder, name).write_text(json.dumps(content))
+    exported_files.complete_config(Path("old"), Path("new"))
+    exported_files.copy_tokenizer(Path("new"), Path("new"))
+    config = json.loads(file_bytes("new", "config.json"))
+    assert config["rope_theta"] == 5e5
+    assert config["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+    assert not {"torch_dtype", "auto_map"} & set(config)
+    tokenizer = json.loads(file_bytes("new", "tokenizer_config.json"))
+    assert tokenizer["additional_special_tokens"] == ["<sep>"]
+    assert "extra_special_tokens" not in tokenizer
+
+
+def test_the_model_card_has_the_figures_of_this_adapter_alone():
+    tiny.write_adapter(Path("adapter"), Path("gpt2"))
+    result = [EvalResult("text-generation", "me/texts", "texts", "loss", 2.0, dataset_split="validation")]
+    data = ModelCardData(base_model="me/gpt2", library_name="peft", model_name="m", eval_results=result)
+    Path("adapter/README.md").write_text(
+        f"---\n{data.to_yaml()}\n---\n\n# A LoRA adapter for m\n\n## Load\n\nby PEFT\n"
+    )
+    Path("metrics").mkdir()
+    Path("metrics/eval.json").write_text(json.dumps({"tuned": {"loss": 1.5, "accuracy": 0.25}}))
+    for digest, expected in (("other", {}), (artifacts.file_digest(Path("adapter/method.json")), {"loss": 1.5})):
+        Path("metrics/environment.json").write_text(json.dumps({"evaluate": {"adapter": digest}}))
+        output = run_export("gpt2")
+        assert ("is not of this adapter: the model card has no figures of the test split" in output) != bool(expected)
+        card = ModelCard.load("out/README.md", ignore_metadata_errors=False)
+        assert (card.data.library_name, card.data.base_model_relation) == ("transformers", "finetune")
+        test = {each.metric_type: each.metric_value for each in card.data.eval_results if each.dataset_split == "test"}
+        assert test == (expected | {"accuracy": 0.25} if expected else {})
+        assert "# A LoRA adapter merged into m\n" in card.text
+        assert "by PEFT" not in card.text
+        assert 'AutoModelForCausalLM.from_pretrained(".")' in card.text
+        shutil.rmtree("out")
 
 
 def test_an_empty_folder_is_filled():

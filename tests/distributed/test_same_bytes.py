@@ -22,6 +22,7 @@ VARIANTS = {
     "full": {"method": "full", "train.learning_rate": 1e-3},
     "lora.bits 8": {"lora.bits": 8, "train.accumulation_steps": 8},
     "dora": {"lora.use_dora": True},
+    "ends early": {"train.validations": 9, "train.patience": 1, "train.learning_rate": 0.1},
 }
 
 # As if a CUDA graph could be captured in one process alone.

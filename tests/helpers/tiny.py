@@ -182,6 +182,7 @@ def train_params(**changes):
         "compile": "auto",
         "deterministic": False,
         "validations": 2,
+        "patience": None,
         "checkpoint_every": 0,
         "seed": None,
     }

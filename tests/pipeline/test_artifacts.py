@@ -26,6 +26,16 @@ def target(tmp_path, request) -> Path:
     return path
 
 
+def test_files_are_readable_as_the_umask_says(target):
+    with atomic_output(target) as new:
+        write_new(target, new)
+        files = [path for path in (new, *new.rglob("*")) if path.is_file()]
+        for path in files:
+            path.chmod(0o600)  # as safetensors does
+    files = [path for path in (target, *target.rglob("*")) if path.is_file()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~artifacts._UMASK}
+
+
 def write_new(target: Path, new: Path) -> None:
     """Write an output of the same kind as `target` to the path `new`."""
     if target.is_dir():

@@ -322,6 +322,7 @@ EXTREMES = [
     ("train", "train.accumulation_steps", 2**62),
     ("train", "train.validations", 2**62),
     ("train", "train.checkpoint_every", 2**62),
+    ("train", "train.patience", 2**62),
     ("train", "train.learning_rate", 1e-320),
     ("train", "train.learning_rate", 1e308),
     ("train", "train.lora_plus_ratio", 1e308),

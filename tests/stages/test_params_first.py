@@ -21,6 +21,7 @@ MISTAKES = {
     "tokenize.layout": ("ragged", "expected one of packed, padded, not 'ragged'"),
     "lora.init": ("loftq", "expected another init with method lora: loftq corrects the error of a quantized base"),
     "train.epochs": ("three", "expected an integer, not 'three'"),
+    "train.patience": (0, "expected an integer above 0, or null, not 0"),
     "train.seed": (-1, "expected an integer of at least 0, below 2**64, or null, not -1"),
     "evaluate.stride": (4096, "expected 1 to 32, the block size, or null, not 4096"),
 }

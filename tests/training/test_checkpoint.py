@@ -1,5 +1,6 @@
 """Checkpoints: a training that was stopped resumes from the newest one, and writes the bytes of an undisturbed run."""
 
+import json
 import os
 import shutil
 import signal
@@ -172,6 +173,7 @@ CHANGED_VALUES = {
     "lora.use_rslora": True,
     "lora.use_dora": True,
     "lora.init": "orthogonal",
+    "lora.start_from": "first",
     "train.epochs": 2,
     "train.batch_size": 15,
     "train.accumulation_steps": 2,
@@ -185,6 +187,7 @@ CHANGED_VALUES = {
     "train.compile": "never",
     "train.deterministic": True,
     "train.validations": 4,
+    "train.patience": 3,
     "train.checkpoint_every": 3,
     "train.seed": 7,
 }
@@ -215,6 +218,8 @@ def test_every_parameter_changes_the_checkpoint_folder(training_folder, checkpoi
         tiny.set_param(training_folder, "method", "qlora")
     if key == "methods.qlora.bits":
         tiny.set_param(training_folder, "methods.qlora.double_quant", False)
+    if key == "lora.start_from":
+        tiny.write_adapter(Path("first"), Path("data/base"), r=16, alpha=32)
     before = checkpoint_folder()
     assert checkpoint_folder() == before
     tiny.set_param(training_folder, key, CHANGED_VALUES[key])
@@ -363,4 +368,24 @@ def test_a_full_disk_keeps_checkpoints_and_outputs(training_folder, small_disk):
     assert outputs == {name: content for name, content in expected.items() if name != live}
     shutil.move(files[0].parent, Path("data/.checkpoints") / files[0].parent.name)
     assert f"resuming after step {int(files[-1].name[:8])} of 16" in run_stage(train.main)
+    assert read_outputs(training_folder) == expected
+
+
+# An early end
+
+
+def test_a_resumed_run_ends_early_at_the_same_step(training_folder, stop_training):
+    for key, value in {"train.learning_rate": 0.03, "train.warmup_fraction": 0.9, "train.patience": 2}.items():
+        tiny.set_param(training_folder, key, value)  # the validation loss is lowest at the second of five validations
+    line = "train: ends early, after step 13 of 16: no validation loss below that of step 7 in 2 validations"
+    assert line in run_stage(train.main)
+    expected = read_outputs(training_folder)
+    record = json.loads(expected["metrics/train.json"])
+    assert (record["steps"], record["planned_steps"], record["best_step"]) == (13, 16, 7)
+    shutil.rmtree("data/adapter")
+    stop_training(12)  # before the validation that ends the run
+    stop_training(13)  # in its last step: what is resumed has ended
+    output = run_stage(train.main)
+    assert "resuming after step 13 of 16" in output
+    assert line in output
     assert read_outputs(training_folder) == expected

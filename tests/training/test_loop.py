@@ -176,6 +176,19 @@ def test_the_model_ends_with_its_lowest_validation_loss(tiny_model):
     )
 
 
+def test_patience_ends_a_run_and_changes_no_step_before(tiny_model):
+    train, validation = make_rows([17] * 8, high=20), make_rows([17] * 8, seed=1, low=10, high=40)
+    histories = [
+        loop.fit(load(tiny_model), train, validation, train_params(epochs=8, validations=8, patience=patience), seed=0)
+        for patience in (None, 100, 2)
+    ]
+    losses = [row["validation_loss"] for row in histories[0].rows]
+    best = losses.index(min(losses))
+    assert best < 5, "the loss rises for longer than two validations"
+    assert histories[1].rows == histories[0].rows
+    assert histories[2].rows == histories[0].rows[: best + 3]
+
+
 @pytest.mark.parametrize("quantization", [None, NF4], ids=["float", "nf4"])
 def test_training_changes_the_adapter_and_no_other_bit(tiny_model, quantization):
     network, train = new_adapter(tiny_model, quantization), make_rows(LENGTHS)

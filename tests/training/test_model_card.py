@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 from hub_server import Hub
+from huggingface_hub import ModelCard
 
 from gpt2lora.pipeline.schemas import QuantizationParams
 from gpt2lora.training import model_card
@@ -63,10 +64,33 @@ def test_the_adapter_names_where_its_base_is_to_be_had(tmp_path, source, expecte
     assert config["r"] == 4
 
 
+def test_the_figures_and_the_license_are_where_the_hub_reads_them(tmp_path):
+    licensed = HUB_BASE | {"license": {"license": "other", "license_name": "mine"}}
+    card = ModelCard(write_card(tmp_path, licensed, HUB_DATA), ignore_metadata_errors=False)
+    assert (card.data.license, card.data.license_name, card.data.model_name) == ("other", "mine", "gpt2-lora")
+    found = {each.metric_type: each for each in card.data.eval_results}
+    assert {name: each.metric_value for name, each in found.items()} == {"loss": 1.0, "perplexity": 2.7183}
+    each = found["perplexity"]
+    assert (each.task_type, each.dataset_type, each.dataset_split) == ("text-generation", "tiny/wikitext", "validation")
+    assert (each.dataset_config, each.dataset_revision) == ("wikitext-2-raw-v1", COMMIT)
+    assert ModelCard(str(card)).data.to_dict() == card.data.to_dict()
+
+
+@pytest.mark.parametrize("base", [None, {"model": "/my model", "revision": None}])
+@pytest.mark.parametrize("data", [None, {"dataset": "/texts/a, b.txt", "revision": None}])
+def test_a_card_of_what_is_not_on_the_hub_names_no_ids(tmp_path, base, data):
+    found = ModelCard(write_card(tmp_path, base, data), ignore_metadata_errors=False).data
+    assert (found.base_model, found.datasets) == (None, None)
+    assert {each.dataset_name for each in found.eval_results} == {"a, b.txt" if data else "unknown"}
+
+
 def test_a_card_of_a_hub_s_model_names_everything(tmp_path):
     card = write_card(tmp_path, HUB_BASE, HUB_DATA)
-    metadata = "base_model: tiny/gpt2\ndatasets:\n- tiny/wikitext\nlibrary_name: peft\npipeline_tag: text-generation\n"
-    assert card.startswith(f"---\n{metadata}tags:\n- lora\n---\n\n# A LoRA adapter for gpt2\n")
+    data = ModelCard(card).data
+    assert (data.base_model, data.base_model_relation, data.datasets) == ("tiny/gpt2", "adapter", ["tiny/wikitext"])
+    assert (data.library_name, data.pipeline_tag, data.tags) == ("peft", "text-generation", ["lora"])
+    assert "license" not in card
+    assert "\n---\n\n# A LoRA adapter for gpt2\n" in card
     assert f"| base | `tiny/gpt2`, at commit `{COMMIT}` of the hub |" in card
     assert f"| data | `tiny/wikitext`, wikitext-2-raw-v1, at commit `{COMMIT}` of the hub |" in card
     assert "| method | rank 4, alpha 8, dropout 0, all-linear |" in card
