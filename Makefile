@@ -6,7 +6,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-all test-slow test-kill test-models test-peers verify bench install clean
+.PHONY: help demo test test-all test-slow test-kill test-models test-peers verify table bench install clean
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
@@ -38,6 +38,9 @@ test-peers: $(INSTALLED) ## compare with lm-evaluation-harness and transformers'
 
 verify: $(INSTALLED) ## check GPT-2's published perplexities on WikiText-2: needs the hub, and a GPU or patience
 	@$(BIN)/python tools/published_perplexity.py
+
+table: $(INSTALLED) ## train GPT-2 with every method and score it by every protocol: needs the hub and a GPU, 30 minutes
+	@$(BIN)/python -m benchmarks.gpt2_table
 
 bench: $(INSTALLED) ## measure training against transformers' Trainer, plain and compiled: see docs/performance.md
 	@$(BIN)/python -m benchmarks.training
