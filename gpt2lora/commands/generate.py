@@ -75,7 +75,7 @@ def main(prompt: str, base: bool, max_new_tokens: int, greedy: bool, seed: int, 
     import torch
     from transformers import TextStreamer
 
-    from gpt2lora.model import device, loading
+    from gpt2lora.model import device, generation, loading
 
     model = loading.load_base(BASE, None, torch.float32) if base else loading.load_tuned(BASE, ADAPTER, torch.float32)
     target = device.pick_device()
@@ -83,11 +83,10 @@ def main(prompt: str, base: bool, max_new_tokens: int, greedy: bool, seed: int, 
     click.echo(f"generate: {name} on {device.device_name(target)}, {'greedy' if greedy else f'seed {seed}'}", err=True)
     torch.manual_seed(seed)
     inputs = torch.tensor([ids], device=target)
-    model.eval().generate(
-        input_ids=inputs,
-        attention_mask=torch.ones_like(inputs),
-        pad_token_id=end,
-        eos_token_id=end,
+    generation.generate(
+        model,
+        inputs,
+        end,
         max_new_tokens=max_new_tokens,
         repetition_penalty=sampling.pop("repetition_penalty"),
         do_sample=not greedy,

@@ -7,6 +7,7 @@ import torch
 
 from gpt2lora.dataset.documents import Text, split_documents, whole_texts
 from gpt2lora.dataset.tokenizer import split_paragraphs
+from gpt2lora.model.generation import generate
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -49,16 +50,7 @@ def generate_samples(model: torch.nn.Module, prompts: Prompts, end: int) -> list
     """Return the token ids that a model generates after each prompt, up to the id `end`; the same at every call."""
     inputs = torch.tensor([prompts.prefix + ids for ids in prompts.ids], device=next(model.parameters()).device)
     torch.manual_seed(SEED)
-    outputs = model.eval().generate(
-        input_ids=inputs,
-        attention_mask=torch.ones_like(inputs),
-        pad_token_id=end,
-        eos_token_id=end,
-        max_new_tokens=prompts.new_tokens,
-        do_sample=True,
-        top_k=TOP_K,
-        top_p=1.0,
-        temperature=1.0,
-    )
+    sampling = {"do_sample": True, "top_k": TOP_K, "top_p": 1.0, "temperature": 1.0}
+    outputs = generate(model, inputs, end, max_new_tokens=prompts.new_tokens, **sampling)
     generated = outputs[:, inputs.shape[1] :].tolist()
     return [ids[: ids.index(end)] if end in ids else ids for ids in generated]
