@@ -45,6 +45,7 @@ def attach_lora(model: PreTrainedModel, lora: LoraParams) -> torch.nn.Module:
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
         target_modules=select_target_layers(list(layers), lora),
+        target_parameters=expert_weights(model) if adapts_experts(lora) else None,
         fan_in_fan_out=is_fan_in_fan_out(model),
         task_type="CAUSAL_LM",
     )
@@ -61,6 +62,17 @@ def attach_lora(model: PreTrainedModel, lora: LoraParams) -> torch.nn.Module:
             # A method, not a partial: torch.compile would compile a partial again for each layer.
             module.forward = types.MethodType(lora_forward.lora_forward, module)
     return network
+
+
+def adapts_experts(lora: LoraParams) -> bool:
+    """Tell whether PEFT can adapt a mixture's experts with these settings: it computes W + s B A of all experts."""
+    everything = lora.target_modules == "all-linear" and lora.layers == "all" and lora.init == "default"
+    return everything and not (lora.dropout or lora.use_dora) and lora.bits == 16
+
+
+def expert_weights(model: PreTrainedModel) -> list[str]:
+    """Return the names of a mixture's experts, parameters of the shape (experts, in, out) or (experts, out, in)."""
+    return [name for name, each in model.named_parameters() if ".experts." in name and each.dim() == 3]
 
 
 def is_fan_in_fan_out(model: PreTrainedModel) -> bool:

@@ -53,4 +53,5 @@ def echo_weights_without_adapter(model: torch.nn.Module) -> None:
     """Print which share of the weights no adapter reaches, if there are any."""
     percent, kinds = weights_without_adapter(model)
     if kinds:
-        echo(f"train: {percent:.1f} % of the weights lie in layers without an adapter: {', '.join(kinds)}")
+        advice = "; lora.dropout 0 adapts experts, too" if any(".experts." in kind for kind in kinds) else ""
+        echo(f"train: {percent:.1f} % of the weights lie in layers without an adapter: {', '.join(kinds)}{advice}")

@@ -21,6 +21,7 @@ from small_models import (
     write_llama,
 )
 from tiny import low_rank
+from training_steps import frozen_values
 from transformers import (
     AutoModelForCausalLM,
     FalconConfig,
@@ -207,14 +208,38 @@ def test_weights_that_no_adapter_reaches_are_named(tiny_model):
     assert share == 100 * (64 * 64 + 256 * 64) / (12 * 64 * 64)
 
 
-def test_experts_held_as_parameters_get_no_adapter_and_are_named():
+def write_mixtral(folder) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1, "num_local_experts": 4}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 50}
-    network = lora.attach_lora(MixtralForCausalLM(MixtralConfig(**sizes, **heads)), low_rank())
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 300, "initializer_range": 0.3}
+    MixtralForCausalLM(MixtralConfig(**sizes, **heads)).save_pretrained(folder)
+
+
+def test_experts_held_as_parameters_get_no_adapter_with_dropout_and_are_named(tmp_path):
+    write_mixtral(tmp_path)
+    network = new_adapter(tmp_path, dropout=0.05)
     share, names = lora.weights_without_adapter(network)
     assert names == ["mlp.experts.down_proj", "mlp.experts.gate_up_proj", "mlp.gate.weight"]
     experts, attention = 4 * 3 * 64 * 32 + 4 * 64, 4 * 64 * 64
     assert share == 100 * experts / (experts + attention)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_experts_get_an_adapter_without_dropout(tmp_path, dtype):
+    write_mixtral(tmp_path / "base")
+    network = new_adapter(tmp_path / "base")
+    assert lora.weights_without_adapter(network)[1] == ["mlp.gate.weight"]
+    cast_frozen(network, dtype)
+    before = frozen_values(network)
+    train_one_step(network, dtype)
+    assert all(parameter.abs().max() > 0 for name, parameter in network.named_parameters() if ".lora_B." in name)
+    assert all(torch.equal(value, before[name]) for name, value in frozen_values(network).items())
+    if dtype == torch.bfloat16:
+        return
+    expected = logits(network)
+    lora.save_adapter(network, low_rank(), {}, tmp_path / "adapter")
+    loaded = lora.load_adapter(load(tmp_path / "base"), tmp_path / "adapter")
+    assert torch.equal(logits(loaded), expected)
+    torch.testing.assert_close(logits(loaded.merge_and_unload()), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
