@@ -102,15 +102,20 @@ def record_step_times(loop, device, synchronized: set[int]) -> list[float]:
 
     times: list[float] = []
 
-    class Bar(loop.tqdm):
-        def update(self, n=1):
-            if self.desc == "train":
-                if device.type == "cuda" and len(times) + n in synchronized:
-                    torch.cuda.synchronize()
-                times.extend([time.perf_counter()] * int(n))
-            return super().update(n)
+    def progress_bar(*arguments, **options):
+        bar = original(*arguments, **options)
+        update = bar.update
 
-    loop.tqdm = Bar
+        def record_and_update(n: int = 1) -> None:
+            if device.type == "cuda" and len(times) + n in synchronized:
+                torch.cuda.synchronize()
+            times.extend([time.perf_counter()] * int(n))
+            update(n)
+
+        bar.update = record_and_update
+        return bar
+
+    original, loop.progress_bar = loop.progress_bar, progress_bar
     return times
 
 

@@ -1,4 +1,4 @@
-"""Run a command and pass its output on; while it prints nothing, print every 3 s what it is at, and for how long.
+"""Run a command and pass its output on; while it prints nothing, print every 10 s what it is at, and for how long.
 
     python tools/heartbeat.py LABEL COMMAND [ARGUMENT ...]
 
@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 
-SILENCE = 3.0  # seconds
+SILENCE = 10.0  # seconds
 STAGE = re.compile(rb"Running stage '(\w+)'")  # as DVC says it
 
 

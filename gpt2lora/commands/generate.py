@@ -75,7 +75,8 @@ def main(prompt: str, base: bool, max_new_tokens: int, greedy: bool, seed: int, 
     import torch
     from transformers import TextStreamer
 
-    from gpt2lora.model import device, generation, loading
+    from gpt2lora.evaluation.generation import generate
+    from gpt2lora.model import device, loading
 
     model = loading.load_base(BASE, None, torch.float32) if base else loading.load_tuned(BASE, ADAPTER, torch.float32)
     target = device.pick_device()
@@ -83,7 +84,7 @@ def main(prompt: str, base: bool, max_new_tokens: int, greedy: bool, seed: int, 
     click.echo(f"generate: {name} on {device.device_name(target)}, {'greedy' if greedy else f'seed {seed}'}", err=True)
     torch.manual_seed(seed)
     inputs = torch.tensor([ids], device=target)
-    generation.generate(
+    generate(
         model,
         inputs,
         end,

@@ -10,6 +10,7 @@ from pathlib import Path
 from gpt2lora.dataset.articles import mark_article_starts, split_articles
 from gpt2lora.pipeline.artifacts import digests, require_file
 from gpt2lora.pipeline.cli import StageError
+from gpt2lora.pipeline.progress_bar import progress_bar
 
 DOCUMENTS, TEXT = ".jsonl", ".txt"
 Text = str | list[str]  # of a whole split: a text of articles, or documents
@@ -33,12 +34,10 @@ def read_lines(path: Path, max_length: int = -1, label: str | None = None) -> It
     Args:
         label: of a progress bar; None for none.
     """
-    from tqdm import tqdm
-
     size = path.stat().st_size
     with (
         path.open(encoding="utf-8", newline="\n") as file,
-        tqdm(total=size, unit="B", unit_scale=True, desc=label, leave=False, disable=label is None) as bar,
+        progress_bar(label, size, "B", unit_scale=True, leave=False, disable=label is None) as bar,
     ):
         try:
             while line := file.readline(max_length):

@@ -7,7 +7,7 @@ import torch
 
 from gpt2lora.dataset.documents import Text, split_documents, whole_texts
 from gpt2lora.dataset.tokenizer import split_paragraphs
-from gpt2lora.model.generation import generate
+from gpt2lora.evaluation.generation import generate
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from gpt2lora.pipeline.cli import echo
+from gpt2lora.pipeline.progress_bar import progress_bar
 from gpt2lora.sample import corpus
 
 END_OF_TEXT = "<|endoftext|>"
@@ -80,7 +80,8 @@ def train(model: GPT2LMHeadModel, stream: torch.Tensor, seed: int) -> None:
     batches = order.split(BATCH_SIZE)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=WEIGHT_DECAY, fused=True)
     warmup = math.ceil(WARMUP * len(batches))
-    for step, rows in enumerate(tqdm(batches, "base", unit="step", leave=False), start=1):
+    bar = progress_bar("base", len(batches), "steps", iterable=batches, leave=False)
+    for step, rows in enumerate(bar, start=1):
         decay = 0.5 * (1 + math.cos(math.pi * max(0, step - 1 - warmup) / (len(batches) - warmup)))
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(step / warmup, decay)
         logits = model(input_ids=blocks[rows, :-1], use_cache=False).logits

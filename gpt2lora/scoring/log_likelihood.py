@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from gpt2lora.dataset.blocks import Blocks
 from gpt2lora.distributed import group
@@ -21,6 +20,7 @@ from gpt2lora.model.head import (
     finish_logits,
     to_device,
 )
+from gpt2lora.pipeline.progress_bar import progress_bar
 from gpt2lora.scoring.windows import Windows, block_windows, concatenate_ranges
 
 # Tokens whose logits are held at once. With GPT-2's vocabulary they take 0.1 GB in fp32 on a GPU. On a CPU they take
@@ -125,7 +125,7 @@ def score_tokens(
     starts = np.cumsum([0, *(counts[batch].sum() for batch in batches)])  # of each batch's scores in `values`
     own = range(group.rank(), len(batches), group.size())
     with _allow_tf32(device.type == "cuda" and dtype == torch.bfloat16):
-        for number in tqdm(own, label, unit="batch", position=0, leave=False):
+        for number in progress_bar(label, len(own), "batches", iterable=own, position=0, leave=False):
             if stops and stops():
                 model.train(was_training)
                 raise ScoringStopped

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from gpt2lora.pipeline.cli import echo
+from gpt2lora.pipeline.progress_bar import progress_bar
 
 DEADLINE = 8  # seconds to the hub's first answer: without a hub, a stage ends within 15 s
 RETRY_PAUSES = (1, 2, 4, 8)  # seconds between five attempts
@@ -175,7 +176,7 @@ def _download(url: str, blob: Path, size: int, name: str) -> None:
 
 def _download_rest(url: str, out: BinaryIO, size: int, name: str) -> None:
     from huggingface_hub import get_session
-    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, tqdm
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
     held = out.tell()
     # Ask for no compression: sizes and ranges must be those of the file.
@@ -188,7 +189,7 @@ def _download_rest(url: str, out: BinaryIO, size: int, name: str) -> None:
         if held and response.status_code != 206:  # the server sent the whole file, not the rest
             out.seek(0)
             out.truncate()
-        with tqdm(desc=name, total=size, initial=out.tell(), unit="B", unit_scale=True) as bar:
+        with progress_bar(name, size, "B", initial=out.tell(), unit_scale=True) as bar:
             for chunk in response.iter_bytes():
                 out.write(chunk)
                 bar.update(len(chunk))

@@ -91,7 +91,8 @@ def prepare_backward(
             return backward
         backward, reason = None, f"{attempt} ones fail: {failure}"
         restore_eager(model, device, random_state)
-    echo(f"train: eager steps: {reason}")
+    if device.type == "cuda":
+        echo(f"train: eager steps: {reason}")
     return eager_backward(model, dtype)
 
 

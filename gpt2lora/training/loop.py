@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from gpt2lora.dataset.blocks import Blocks
 from gpt2lora.distributed import group
@@ -18,6 +17,7 @@ from gpt2lora.model.computation_errors import computation_errors
 from gpt2lora.model.device import compute_dtype
 from gpt2lora.model.head import check_head
 from gpt2lora.pipeline.cli import echo
+from gpt2lora.pipeline.progress_bar import progress_bar
 from gpt2lora.pipeline.schemas import TrainParams
 from gpt2lora.training import progress, reduction
 from gpt2lora.training.accumulation import MicroBatch, accumulate_gradients, run_length, split_step
@@ -28,6 +28,8 @@ from gpt2lora.training.state import History, TrainState
 from gpt2lora.training.validation import first_state, stop_check, validate
 
 if TYPE_CHECKING:
+    from tqdm import tqdm
+
     from gpt2lora.training.checkpoint import Checkpoints
 
 LOG_INTERVAL = 10  # steps between two logs, each of which waits for the device
@@ -67,7 +69,7 @@ def fit(
     model.train()
     backward = prepare_backward(model, train, options.batch_size, options.compile, steps, dtype)
     batches = itertools.islice(shuffled_batches(len(train), rows_per_step, options.epochs, seed), state.step, None)
-    if state.unvalidated is not None:  # the run that stopped had not validated its last step
+    if state.unvalidated:  # the run that stopped had not validated its last step
         validate(model, validation, backward, state, steps, trained, options, dtype, stops)
         batches = () if state.stopping else batches
     if state.history.has_stalled(options.patience):  # the run that stopped had come to its early end
@@ -75,7 +77,7 @@ def fit(
     time_left = progress.TimeLeft(state)
     state.start_clock()
 
-    with tqdm(total=steps, initial=state.step, desc="train", unit="step", mininterval=0.5) as bar:
+    with progress_bar("train", steps, "steps", initial=state.step) as bar:
         for rows in batches:
             # Copy the losses before this step and read them after it is launched: so the device is never idle.
             losses = fetch_losses_async(state) if state.norms and state.step % LOG_INTERVAL == 0 else None
@@ -93,7 +95,7 @@ def fit(
                 log_progress(state, fetch_losses_async(state), bar)
                 state.stop_clock()
                 bar.clear()
-                state.unvalidated = float(norm)
+                state.unvalidated = True
                 validate(model, validation, backward, state, steps, trained, options, dtype, stops)
                 state.start_clock()
                 if loss_file and group.is_main() and not state.stopping:
@@ -126,7 +128,7 @@ def resume_state(
     step, best_values, losses, record = found
     echo(f"train: resuming after step {step} of {steps} from {checkpoints.folder}")
     state = TrainState(step, History(**record["history"]), best_values, losses, record["counts"])
-    state.unvalidated = record["unvalidated"]
+    state.row_norms, state.unvalidated = record["row_norms"], record["unvalidated"]
     return state
 
 
@@ -173,7 +175,7 @@ def fetch_losses_async(state: TrainState) -> Callable[[], tuple[list[float], lis
     return wait
 
 
-def log_progress(state: TrainState, fetched: Callable, bar: tqdm) -> None:
+def log_progress(state: TrainState, fetched: Callable, bar: "tqdm") -> None:
     """Check the steps since the last log for divergence; update the progress bar.
 
     Args:
@@ -185,8 +187,9 @@ def log_progress(state: TrainState, fetched: Callable, bar: tqdm) -> None:
     losses, norms, now = fetched()
     check_finite(losses, state.step)
     state.lowest_norm, state.norms = check_gradient_norms(norms, state.lowest_norm, state.step), []
+    state.row_norms += norms
     speed = state.history.tokens / (state.history.seconds + now - state.clock)
-    bar.set_postfix_str(f"loss {losses[-1] / state.counts[-1]:.4f} nats/token, {speed:,.0f} tokens/s")
+    bar.set_postfix_str(f"loss {losses[-1] / state.counts[-1]:.4f} nats/token, {speed:,.0f} tokens/s", False)
 
 
 def is_validation_step(step: int, steps: int, validations: int) -> bool:
@@ -199,13 +202,14 @@ def save_checkpoint(
     state: TrainState,
     trained: list[torch.Tensor],
     optimizer: torch.optim.Optimizer,
-    bar: tqdm,
+    bar: "tqdm",
 ) -> None:
     """Write a checkpoint, unless a step since the last log diverged: a run would resume from NaN."""
     if state.norms:
         log_progress(state, fetch_losses_async(state), bar)
     state.stop_clock()
-    record = {"counts": state.counts, "history": asdict(state.history), "unvalidated": state.unvalidated}
+    record = {"counts": state.counts, "row_norms": state.row_norms, "unvalidated": state.unvalidated}
+    record["history"] = asdict(state.history)
     checkpoints.write(state.step, trained, optimizer, state.best_values, state.losses, record)
 
 

@@ -33,6 +33,13 @@ def echo_validation_time(seconds: float, options: TrainParams, steps: int) -> No
         echo(f"train: a validation takes {format_seconds(seconds)}; {count:,} more are to come: train.validations")
 
 
+def echo_validation(history: History, steps: int) -> None:
+    """Print the loss of the last validation."""
+    row = history.rows[-1] if history.rows else {"step": 0, "validation_loss": history.start_loss}
+    lowest = ", the lowest so far" if row is history.best else ""
+    echo(f"train: step {row['step']:,} of {steps:,}: validation loss {row['validation_loss']:.4f} nats/token{lowest}")
+
+
 def echo_early_end(history: History, patience: int, steps: int) -> None:
     """Print that training ends before its last step, and why."""
     echo(

@@ -46,7 +46,8 @@ class TrainState:
     lowest_norm: float = math.inf  # lowest usual norm of the gradient
     clock: float = 0.0  # time.perf_counter() up to which history.seconds counts
     stopping: int = 0  # the signal that asked to stop
-    unvalidated: float | None = None  # norm of the last step's gradient, while its validation is not done
+    row_norms: list[float] = field(default_factory=list)  # logged, of the steps since the last validation
+    unvalidated: bool = False  # the validation after the last step is not done
     validation_seconds: float | None = None  # of the validation before training, if this process did it
 
     def add_step(self, loss: torch.Tensor, norm: torch.Tensor, tokens: int) -> None:
@@ -57,7 +58,7 @@ class TrainState:
         self.counts.append(tokens)
         self.history.tokens += tokens
 
-    def add_validation(self, loss: float, lr: float, norm: float, trained: list[torch.Tensor]) -> None:
+    def add_validation(self, loss: float, lr: float, trained: list[torch.Tensor]) -> None:
         """Add a row to the history; copy the trained parameters if their loss, in nats/token, is the lowest so far."""
         row = {
             "step": self.step,
@@ -65,13 +66,13 @@ class TrainState:
             "train_loss": sum(torch.stack(self.losses).tolist()) / sum(self.counts),  # mean since the row before
             "validation_loss": loss,
             "learning_rate": lr,
-            "gradient_norm": norm,  # of the last step, before clipping
+            "gradient_norm": math.fsum(self.row_norms) / len(self.row_norms),  # as well, before clipping
         }
         self.history.rows.append(row)
         if loss < self.history.best["validation_loss"]:
             self.history.best = row
             self.best_values = [parameter.detach().to("cpu", copy=True) for parameter in trained]
-        self.losses, self.counts = [], []
+        self.losses, self.counts, self.row_norms, self.unvalidated = [], [], [], False
 
     def start_clock(self) -> None:
         self.clock = time.perf_counter()

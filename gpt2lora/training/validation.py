@@ -40,6 +40,7 @@ def first_state(
         checkpoints.stop(0, steps, checkpoints.caught[0])
     state = TrainState(0, History([], loss, {"validation_loss": math.inf}, 0, 0.0), [], [], [])
     state.validation_seconds = time.perf_counter() - started
+    progress.echo_validation(state.history, steps)
     progress.echo_validation_time(state.validation_seconds, options, steps)
     return state
 
@@ -79,5 +80,5 @@ def validate(
         state.stopping = stops()
         return
     check_finite([loss], state.step, "validation loss")
-    state.add_validation(loss, lr_at_step(state.step, steps, options), state.unvalidated, trained)
-    state.unvalidated = None
+    state.add_validation(loss, lr_at_step(state.step, steps, options), trained)
+    progress.echo_validation(state.history, steps)

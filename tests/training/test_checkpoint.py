@@ -147,11 +147,11 @@ def test_a_changed_parameter_starts_a_new_run(training_folder, stop_training):
     """The checkpoints of the run before stay, and it can still resume."""
     stop_training(8)
     before = checkpoint_files()
-    tiny.set_param(training_folder, "train.learning_rate", 1e-3)
+    tiny.set_param(training_folder, "train.learning_rate", 3e-3)
     assert "resuming" not in run_stage(train.main)
     assert checkpoint_files() == before
     changed = read_outputs(training_folder)
-    tiny.set_param(training_folder, "train.learning_rate", 2e-3)
+    tiny.set_param(training_folder, "train.learning_rate", 1e-3)
     assert "resuming after step 8 of 16" in run_stage(train.main)
     assert checkpoint_files() == []
     assert read_outputs(training_folder) != changed
@@ -177,7 +177,7 @@ CHANGED_VALUES = {
     "train.epochs": 2,
     "train.batch_size": 15,
     "train.accumulation_steps": 2,
-    "train.learning_rate": 1e-3,
+    "train.learning_rate": 3e-3,
     "train.lora_plus_ratio": 2.0,
     "train.warmup_fraction": 0.5,
     "train.weight_decay": 0.1,

@@ -92,7 +92,7 @@ def test_nothing_is_compiled_without_a_compiler_or_triton(tiny_model, monkeypatc
 def test_the_mode_and_its_reason_are_printed(tiny_model, capsys):
     backward = execution.prepare_backward(train_model(tiny_model), make_rows(FULL_ROWS), 4, "auto", 10, FP32)
     if DEVICE.type == "cpu":
-        assert capsys.readouterr().out == "train: eager steps: CUDA graphs are for GPUs\n"
+        assert capsys.readouterr().out == ""  # nothing that a user could choose
         assert backward.shape is None
     else:
         assert capsys.readouterr().out.startswith("train: captured steps: ")

@@ -102,6 +102,14 @@ def test_the_history_has_learning_rates_and_gradient_norms(tiny_model):
         optimizer.lr_at_step(step, 3, options) for step in (1, 2, 3)
     ]
     assert all(row["gradient_norm"] > options.clip_norm for row in history.rows), "before clipping"
+
+
+def test_a_row_has_the_mean_gradient_norm_of_its_steps(tiny_model, monkeypatch):
+    norms = iter([1.0, 2.0, 6.0, 5.0, 1.0, 3.0, 4.0, 4.0])
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(next(norms)))
+    train = make_rows([17] * 8)
+    history = loop.fit(new_adapter(tiny_model), train, train, train_params(batch_size=1, validations=2), seed=0)
+    assert [row["gradient_norm"] for row in history.rows] == [3.5, 3.0]
     assert history.rows[-1]["tokens"] == history.tokens == train.targets
 
 

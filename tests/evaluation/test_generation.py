@@ -6,7 +6,7 @@ import torch
 from small_models import load
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
-from gpt2lora.model import generation
+from gpt2lora.evaluation import generation
 from gpt2lora.pipeline.cli import StageError
 
 OPTIONS = {"max_new_tokens": 5, "do_sample": False}
@@ -29,8 +29,8 @@ def test_a_model_without_a_cache_generates_the_likeliest_tokens(tiny_model, caps
     assert capsys.readouterr().out == tokenizer.decode(found[0]) + "\n", "the prompt is printed once"
 
 
-def test_a_model_that_cannot_generate_is_refused_in_one_line(gpt2_folder, monkeypatch):
-    model = load(gpt2_folder)
+def test_a_model_that_cannot_generate_is_refused_in_one_line(tiny_model, monkeypatch):
+    model = load(tiny_model)
 
     def fail(**_):
         raise ValueError("no such layer\nand more")
