@@ -1,6 +1,6 @@
 """evaluate: score the test split under the base and the tuned model, by one of three protocols.
 
-in   data/raw (test.txt), data/tokens, data/base, data/adapter, metrics/loss.csv, params.yaml: evaluate.*
+in   data/raw (test.txt), data/tokens, data/base, data/adapter, metrics/loss.csv, params.yaml: evaluate.*, seed
 out  metrics/eval.json: for base and tuned, and as the change from one to the other,
          loss             summed negative log-likelihood / predicted tokens, nats
          perplexity       exp(loss)
@@ -9,8 +9,8 @@ out  metrics/eval.json: for base and tuned, and as the change from one to the ot
          accuracy, top5_accuracy  share of predicted tokens that are the model's first choice, among its first five
      and predicted_tokens, words, bytes, windows: the counts behind these metrics
      metrics/positions.csv: loss and accuracy by the position in the window
-     metrics/plots: both tables, and metrics/loss.csv, as pictures
-     metrics/report.md: what ran, these metrics, all pictures, continuations of three prompts
+     metrics/plots: both tables, and metrics/loss.csv, as pictures; a passage of the test split, token by token
+     metrics/report.md: what came out, what ran, all pictures, continuations of three prompts
      metrics/environment.json: hardware, versions and duration of each stage
 """
 
@@ -22,8 +22,14 @@ from pathlib import Path
 import click
 
 from gpt2lora.distributed import launch
-from gpt2lora.evaluation import plots, report
-from gpt2lora.evaluation.metrics import compute_metrics, count_scored, warn_about_metrics, write_positions
+from gpt2lora.evaluation import passage, plots, report
+from gpt2lora.evaluation.metrics import (
+    compute_metrics,
+    count_scored,
+    describe_metrics,
+    warn_about_metrics,
+    write_positions,
+)
 from gpt2lora.pipeline import environment, params
 from gpt2lora.pipeline.artifacts import MANIFEST, atomic_output, digests, file_digest, require_file, verify_digests
 from gpt2lora.pipeline.cli import StageError, command, echo
@@ -95,7 +101,7 @@ def evaluate(raw: Path, tokens: Path, base: Path, adapter: Path, loss: Path, out
         metrics[name] = compute_metrics(scores[name], task)  # stops if the model is broken, which cannot generate
         samples.append(generate_samples(model, prompts, manifest["end_of_text_id"]))
         del model
-        echo(f"evaluate: {name:6} " + "  ".join(f"{key} {value:.4f}" for key, value in metrics[name].items()))
+        echo(f"evaluate: {name}: {describe_metrics(metrics[name])}")
         warn_about_metrics(name, metrics[name])
     if not group.leave():
         return
@@ -107,11 +113,16 @@ def evaluate(raw: Path, tokens: Path, base: Path, adapter: Path, loss: Path, out
         file.write_text(json.dumps(metrics, indent=2) + "\n")
     plots.draw_plots(plots.TRAINING_PLOTS, loss, out.parent / "plots")
     plots.draw_plots(plots.TEST_PLOTS, positions, out.parent / "plots")
+    shown = passage.choose_passage(task.windows, scores, tokenizer, manifest["end_of_text_id"], params.seed())
+    passage.draw_passage(shown, out.parent / "plots" / passage.FILE)
     prefix = "".join(map(tokenizer.id_to_token, manifest["prefix"]))
     outputs = {"base": base, "prepare": raw, "tokenize": tokens, "train": adapter}
     records = {stage: environment.read_record(folder, stage) for stage, folder in outputs.items()}
+    method, quantization = loading.read_method(adapter)
     facts = {
-        "method": report.describe_method(*loading.read_method(adapter)),
+        "method": report.describe_method(method, quantization),
+        "trained_by": method,
+        "base_bits": quantization and quantization.bits,
         "scored": report.describe_scoring(options.protocol, manifest, stride, prefix),
         "adapter": file_digest(adapter / loading.METHOD_FILE),  # whose figures these are
         "precision": str(dtype).removeprefix("torch."),
@@ -119,7 +130,8 @@ def evaluate(raw: Path, tokens: Path, base: Path, adapter: Path, loss: Path, out
     }
     records["evaluate"] = environment.describe_run(started, **facts)
     decoded = [[tokenizer.decode(ids) for ids in column] for column in samples]
-    report.write_report(out.parent, metrics, records, list(zip(*decoded, strict=True)))
+    text = "".join(shown.texts) if passage.has_undrawable(shown) else ""
+    report.write_report(out.parent, metrics, records, list(zip(*decoded, strict=True)), text)
     echo(f"evaluate: {out.parent}/report.md shows all results")
 
 

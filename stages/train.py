@@ -101,7 +101,8 @@ def train(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path)
     if not group.leave():
         return
 
-    record = summary.summarize_training(model, history, count_steps(len(train), options)) | start
+    record = summary.describe_method(method, quantization)
+    record |= summary.summarize_training(model, history, count_steps(len(train), options)) | start
     timings = summary.measure_speed(history, device.peak_memory(target))
     with (
         atomic_output(metrics / "train_timings.json") as timings_file,
@@ -120,7 +121,10 @@ def train(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path)
         record_file.write_text(json.dumps(record, indent=2) + "\n")
         timings_file.write_text(json.dumps(timings, indent=2) + "\n")
         history.write_csv(metrics / "loss.csv")
-    environment.write_record(out, "train", started, method=method, precision=precision, processes=processes)
+    settings = summary.describe_settings(lora_params, options, params.seed(), seed, record)
+    environment.write_record(
+        out, "train", started, method=method, precision=precision, processes=processes, settings=settings
+    )
     run.remove()
     summary.echo_result(record, timings)
 

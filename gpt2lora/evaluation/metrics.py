@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 POSITION_BUCKETS = 32  # rows of metrics/positions.csv
 LEAK_PERPLEXITY = 1.5  # no model reaches a lower perplexity on real text
+# A model that knows nothing but a large dictionary, and guesses, has this word perplexity: more tells nothing.
+MAX_WORD_PERPLEXITY = 100_000
 MAX_EXPONENT = 700.0  # nats: the exponential of more comes near what a float can hold
 
 
@@ -41,6 +43,28 @@ def count_scored(task: "Task") -> dict[str, int]:
         "bytes": task.bytes,
         "windows": len(task.windows),
     }
+
+
+def shows_words(*metrics: dict[str, float]) -> bool:
+    """Tell whether word perplexities mean something to a reader: where a word is many tokens of a tiny vocabulary, a
+    few tenths of a nat a token are a factor of 10. eval.json holds them in any case.
+    """
+    return max(each["word_perplexity"] for each in metrics) <= MAX_WORD_PERPLEXITY
+
+
+def describe_metrics(metrics: dict[str, float]) -> str:
+    """Return the metrics of a model in one line, with their units."""
+    words = f", word perplexity {metrics['word_perplexity']:,.2f}" if shows_words(metrics) else ""
+    return (
+        f"loss {metrics['loss']:.4f} nats/token, perplexity {format_perplexity(metrics['perplexity'])}{words}, "
+        f"{metrics['bits_per_byte']:.4f} bits/byte, share of tokens right {metrics['accuracy']:.4f}, "
+        f"among the first five {metrics['top5_accuracy']:.4f}"
+    )
+
+
+def format_perplexity(perplexity: float) -> str:
+    """Return a perplexity as text, short also if it was capped."""
+    return f"{perplexity:,.2f}" if perplexity < 1e9 else f"{perplexity:.2e}"
 
 
 def warn_about_metrics(name: str, metrics: dict[str, float]) -> None:

@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gpt2lora.evaluation.metrics import format_perplexity, shows_words
+from gpt2lora.evaluation.passage import FILE as PASSAGE
 from gpt2lora.evaluation.plots import TEST_PLOTS, TRAINING_PLOTS
 from gpt2lora.pipeline.artifacts import atomic_output
 
@@ -16,28 +18,35 @@ if TYPE_CHECKING:
 
 # Characters that Markdown, or HTML in it, may interpret; `$` starts mathematics on GitHub.
 MARKDOWN_CHARACTERS = re.compile(r"[\\`*_\[\]<>&|~$#]")
-METRIC_ROWS = {  # of metrics/eval.json: name, factor, decimals
-    "loss": ("loss (nats/token)", 1, 4),
-    "perplexity": ("perplexity", 1, 2),
-    "word_perplexity": ("word perplexity", 1, 2),
-    "bits_per_byte": ("bits per byte", 1, 4),
-    "accuracy": ("accuracy (%)", 100, 2),
-    "top5_accuracy": ("top-5 accuracy (%)", 100, 2),
+METRIC_ROWS = {  # of metrics/eval.json, in the same units: name, decimals
+    "loss": ("loss (nats/token)", 4),
+    "perplexity": ("perplexity (of tokens)", 2),
+    "word_perplexity": ("perplexity (of words)", 2),
+    "bits_per_byte": ("bits per byte", 4),
+    "accuracy": ("accuracy (share of tokens)", 4),
+    "top5_accuracy": ("top-5 accuracy (share of tokens)", 4),
 }
+METHOD_NAMES = {"lora": "LoRA", "qlora": "QLoRA", "full": "Training all weights"}
 SHOWN_VERSIONS = ("torch", "transformers", "peft", "bitsandbytes", "dvc")
 
 
-def write_report(folder: Path, metrics: dict, records: dict[str, dict | None], samples: list[tuple[str, ...]]) -> None:
+def write_report(
+    folder: Path, metrics: dict, records: dict[str, dict | None], samples: list[tuple[str, ...]], passage: str
+) -> None:
     """Write environment.json and report.md into `folder`; the pictures are in its subfolder plots."""
     with atomic_output(folder / "environment.json") as file:
         file.write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
     pictures = [Path("plots") / plot.file for plot in (*TEST_PLOTS, *TRAINING_PLOTS)]
     with atomic_output(folder / "report.md") as file:
-        file.write_text(render_report(metrics, records, samples, pictures), encoding="utf-8")
+        file.write_text(render_report(metrics, records, samples, pictures, passage), encoding="utf-8")
 
 
 def render_report(
-    metrics: dict, records: dict[str, dict | None], samples: list[tuple[str, ...]], pictures: list[Path]
+    metrics: dict,
+    records: dict[str, dict | None],
+    samples: list[tuple[str, ...]],
+    pictures: list[Path],
+    passage: str,
 ) -> str:
     """Return the report in Markdown.
 
@@ -46,14 +55,24 @@ def render_report(
         records: the content of metrics/environment.json: for each stage a record, or None.
         samples: prompts, each with the continuations of the base and of the tuned model.
         pictures: paths relative to the report's folder.
+        passage: the text of the passage's picture, if that shows some of its characters by their codes; else "".
     """
+    passage_text = ["The passage as text, with the characters that the picture shows by their codes:"]
+    passage_text += [escape_markdown(passage)]
     parts = [
         "# Base against tuned",
-        run_summary(records),
-        "## Test split",
+        headline(metrics, records),
         metrics_table(metrics),
+        "`base` is the float base before any training, `tuned` the model after it"
+        + (", which stands on the quantized base" if (records["evaluate"] or {}).get("base_bits") else "")
+        + ". Lower is better, except for accuracies. "
         f"On {metrics['predicted_tokens']:,} predicted tokens, {metrics['words']:,} words, {metrics['bytes']:,} bytes "
         f"of the original text, in {metrics['windows']:,} windows.",
+        "## What changed",
+        f"![passage](plots/{PASSAGE})",
+        *(passage_text if passage else []),
+        "## What ran",
+        run_summary(records),
         "## Plots",
         *(f"![{path.stem.replace('_', ' ')}]({path.as_posix()})" for path in pictures),
         "## Continuations",
@@ -65,21 +84,53 @@ def render_report(
     return "\n\n".join(parts) + "\n"
 
 
+def headline(metrics: dict, records: dict[str, dict | None]) -> str:
+    """Return one sentence: what tuning did to the test perplexity, with which share of the weights."""
+    base, tuned = (metrics[side]["perplexity"] for side in ("base", "tuned"))
+    train, bits = (records["train"] or {}).get("settings"), records["evaluate"].get("base_bits")
+    name = METHOD_NAMES[records["evaluate"]["trained_by"]] + (f" on a base of {bits} bits" if bits else "")
+    change = f"from {format_perplexity(base)} to {format_perplexity(tuned)} ({tuned / base - 1:+.1%})".replace(
+        "%", " %"
+    )
+    verb = "lowers" if tuned < base else "raises" if tuned > base else "does not change"
+    if train and train["lora"]:  # with method full, all of them
+        change += f" with {train['trainable_percent']:.2g} % of the weights"
+    return f"**{name} {verb} the test perplexity {change}.**"
+
+
+def settings_rows(settings: dict) -> dict[str, str]:
+    """Return what the report says about a training, by name."""
+    lora = settings["lora"]
+    modules = lora and lora["target_modules"]
+    seeds = f"{settings['seed']}; of training {settings['train_seed']}"
+    return {
+        "rank, alpha": f"{lora['r']}, {lora['alpha']:g}" if lora else "none: no adapter",
+        "layers": (modules if isinstance(modules, str) else ", ".join(modules)) if lora else "all",
+        "trained": f"{settings['trainable_parameters']:,} parameters, {settings['trainable_percent']:.2g} % of all",
+        "learning rate": f"{settings['learning_rate']:g} at most",
+        "epochs": f"{settings['epochs']}: {settings['steps']:,} steps of {settings['rows_per_step']} rows",
+        "tokens": f"{settings['tokens']:,} trained on, over all epochs",
+        "seeds": seeds if settings["seed"] != settings["train_seed"] else f"{settings['seed']} of everything",
+    }
+
+
 def run_summary(records: dict[str, dict | None]) -> str:
-    """Return a list of what ran: preset, base, corpus, method, protocol, commit and versions."""
+    """Return a table of what ran: preset, base, corpus, method, its settings, protocol, commit and versions."""
     base, prepare, evaluate = (records[stage] or {} for stage in ("base", "prepare", "evaluate"))
+    settings = (records["train"] or {}).get("settings")
     rows = {
         "preset": base.get("preset"),
         "base": source_name(base.get("model"), base.get("revision")),
         "corpus": source_name(prepare.get("dataset"), prepare.get("revision")),
         "method": evaluate["method"],
+        **(settings_rows(settings) if settings else {"training": None}),
         "scored": evaluate["scored"],
         "commit": evaluate["commit"] and evaluate["commit"][:12] + (" and changes" * evaluate["uncommitted_changes"]),
         "versions": ", ".join(
             [f"Python {evaluate['python']}", *(f"{name} {evaluate['versions'][name]}" for name in SHOWN_VERSIONS)]
         ),
     }
-    return "\n".join(f"- {name}: {escape_markdown(value or 'not known')}" for name, value in rows.items())
+    return markdown_table(["", ""], [[name, escape_markdown(value or "not known")] for name, value in rows.items()])
 
 
 def source_name(name: str | None, revision: str | None) -> str | None:
@@ -115,14 +166,17 @@ def describe_scoring(protocol: str, manifest: dict, stride: int, prefix: str) ->
 
 
 def metrics_table(metrics: dict) -> str:
-    """Return the metrics of base and tuned model, and the change."""
+    """Return the metrics of base and tuned model, and the change; word perplexities only where they tell something."""
     rows = []
-    for key, (name, factor, decimals) in METRIC_ROWS.items():
-        base, tuned, change = (factor * metrics[side][key] for side in ("base", "tuned", "change"))
+    for key, (name, decimals) in METRIC_ROWS.items():
+        if key == "word_perplexity" and not shows_words(metrics["base"], metrics["tuned"]):
+            continue
+        base, tuned, change = (metrics[side][key] for side in ("base", "tuned", "change"))
         # A perplexity is capped at 1e304.
         style = f",.{decimals}f" if max(base, tuned) < 1e9 else ".2e"
-        rows.append([name, f"{base:{style}}", f"{tuned:{style}}", f"{change:+{style}}"])
-    return markdown_table(["", "base", "tuned", "change"], rows, numbers=True)
+        percent = f"{100 * change / base:+.1f}" if base else ""
+        rows.append([name, f"{base:{style}}", f"{tuned:{style}}", f"{change:+{style}}", percent])
+    return markdown_table(["test split", "base", "tuned", "change", "change (%)"], rows, numbers=True)
 
 
 def stages_table(records: dict[str, dict | None]) -> str:

@@ -1,10 +1,13 @@
 """The results of a training run: metrics/train.json and metrics/train_timings.json."""
 
+from dataclasses import asdict
+
 import torch
 
 from gpt2lora.model.lora import lora_layers, weights_without_adapter
 from gpt2lora.model.quantization import count_frozen_bytes, count_frozen_parameters
 from gpt2lora.pipeline.cli import echo
+from gpt2lora.pipeline.schemas import LoraParams, QuantizationParams, TrainParams
 from gpt2lora.training.state import History
 
 
@@ -25,6 +28,28 @@ def summarize_training(model: torch.nn.Module, history: History, planned_steps: 
         "best_step": history.best["step"],
         "weights_without_adapter_percent": weights_without_adapter(model)[0],
         "adapted_modules": list(lora_layers(model)) if hasattr(model, "get_base_model") else [],
+    }
+
+
+def describe_method(method: str, quantization: QuantizationParams | None) -> dict:
+    """Return the method, and in how many bits the frozen base was: params.yaml may say something else by now."""
+    return {"method": method} | ({"base_bits": quantization.bits} if quantization else {})
+
+
+def describe_settings(lora: LoraParams, options: TrainParams, seed: int, train_seed: int, record: dict) -> dict:
+    """Return what the report says about a run.
+
+    Args:
+        record: from `summarize_training` and `describe_method`.
+    """
+    shown = ("trainable_parameters", "trainable_percent", "steps", "tokens")
+    return {
+        "lora": asdict(lora) if record["method"] != "full" else None,
+        "rows_per_step": options.batch_size * options.accumulation_steps,
+        **{name: getattr(options, name) for name in ("learning_rate", "epochs")},
+        **{name: record[name] for name in shown},
+        "seed": seed,
+        "train_seed": train_seed,
     }
 
 

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from gpt2lora.dataset import articles
 from gpt2lora.dataset.tokenizer import load_tokenizer
 from gpt2lora.evaluation import report, samples
+from gpt2lora.evaluation.metrics import describe_metrics
 from stages import base, evaluate, prepare, tokenize, train
 
 STAGES = ("base", "prepare", "tokenize", "train", "evaluate")
@@ -78,31 +79,42 @@ def test_the_report_shows_the_metrics_of_eval_json():
     scores = json.loads(Path("metrics/eval.json").read_text())
     text = Path("metrics/report.md").read_text()
     cells = render(text).cells
-    for name, metric, factor, decimals in (
-        ("loss (nats/token)", "loss", 1, 4),
-        ("perplexity", "perplexity", 1, 2),
-        ("accuracy (%)", "accuracy", 100, 2),
+    for name, metric, decimals in (
+        ("loss (nats/token)", "loss", 4),
+        ("perplexity (of tokens)", "perplexity", 2),
+        ("accuracy (share of tokens)", "accuracy", 4),
     ):
         index = cells.index(name)
-        base, tuned, change = (float(cell.replace(",", "")) for cell in cells[index + 1 : index + 4])
+        base, tuned, change, percent = (float(cell.replace(",", "")) for cell in cells[index + 1 : index + 5])
         rounding = 0.5001 * 10**-decimals
-        assert base == pytest.approx(factor * scores["base"][metric], abs=rounding)
-        assert tuned == pytest.approx(factor * scores["tuned"][metric], abs=rounding)
-        assert change == pytest.approx(factor * (scores["tuned"][metric] - scores["base"][metric]), abs=rounding)
+        assert base == pytest.approx(scores["base"][metric], abs=rounding)
+        assert tuned == pytest.approx(scores["tuned"][metric], abs=rounding)
+        assert change == pytest.approx(scores["tuned"][metric] - scores["base"][metric], abs=rounding)
+        assert percent == pytest.approx(100 * (scores["tuned"][metric] / scores["base"][metric] - 1), abs=0.051)
     assert f"{scores['predicted_tokens']:,} predicted tokens" in text
 
 
 def test_the_report_tells_what_ran(evaluated, tiny_model):
     text = Path("metrics/report.md").read_text()
+    record = json.loads(Path("metrics/train.json").read_text())
     for line in (
-        "- preset: local",
-        f"- base: {report.escape_markdown(str(tiny_model))}",
-        "- method: qlora, on a base of 4 bits (nf4, its scales quantized too)",
-        "- scored: native, in windows of 32 tokens, 32 apart",
-        f"- commit: {tiny.run(evaluated, 'git', 'rev-parse', 'HEAD')[:12]} and changes",
+        "| preset | local |",
+        f"| base | {report.escape_markdown(str(tiny_model))} |",
+        "| method | qlora, on a base of 4 bits (nf4, its scales quantized too) |",
+        "| rank, alpha | 16, 32 |",
+        "| layers | all-linear |",
+        f"| trained | {record['trainable_parameters']:,} parameters, {record['trainable_percent']:.2g} % of all |",
+        "| learning rate | 0.001 at most |",
+        f"| epochs | 1: {record['steps']} steps of 8 rows |",
+        f"| tokens | {record['tokens']:,} trained on, over all epochs |",
+        "| seeds | 0 of everything |",
+        "| scored | native, in windows of 32 tokens, 32 apart |",
+        f"| commit | {tiny.run(evaluated, 'git', 'rev-parse', 'HEAD')[:12]} and changes |",
     ):
         assert f"{line}\n" in text
-    assert re.search(r"^- versions: Python [\d.]+, torch 2\S+, transformers 5\S+, peft \S+, bitsandbytes", text, re.M)
+    assert re.search(
+        r"^\| versions \| Python [\d.]+, torch 2\S+, transformers 5\S+, peft \S+, bitsandbytes", text, re.M
+    )
     cells = render(text).cells
     cells = cells[cells.index("stage") :]
     for stage in STAGES:
@@ -110,11 +122,46 @@ def test_the_report_tells_what_ran(evaluated, tiny_model):
         assert cells[cells.index(stage) + 3] == ("float32" if stage in ("train", "evaluate") else "")
 
 
+def test_the_report_begins_with_one_sentence_of_the_result():
+    scores, record = (json.loads(Path(f"metrics/{name}.json").read_text()) for name in ("eval", "train"))
+    before, after = (scores[side]["perplexity"] for side in ("base", "tuned"))
+    text = Path("metrics/report.md").read_text()
+    assert text.split("\n\n")[1] == (
+        f"**QLoRA on a base of 4 bits lowers the test perplexity from {before:.2f} to {after:.2f} "
+        f"({100 * (after / before - 1):+.1f} %) with {record['trainable_percent']:.2g} % of the weights.**"
+    )
+    assert "`base` is the float base before any training" in text
+    assert "on the quantized base" in text
+
+
+@pytest.mark.parametrize(
+    ("method", "tuned", "expected"),
+    [
+        ("lora", 20.0, "**LoRA lowers the test perplexity from 25.00 to 20.00 (-20.0 %) with 1.2 % of the weights.**"),
+        ("lora", 30.0, "**LoRA raises the test perplexity from 25.00 to 30.00 (+20.0 %) with 1.2 % of the weights.**"),
+        ("lora", 25.0, "**LoRA does not change the test perplexity from"),
+        ("full", 20.0, "**Training all weights lowers the test perplexity from 25.00 to 20.00 (-20.0 %).**"),
+    ],
+)
+def test_the_sentence_says_whether_tuning_helped(method, tuned, expected):
+    settings = {"lora": None if method == "full" else {"r": 16}, "trainable_percent": 1.2}
+    metrics = {"base": {"perplexity": 25.0}, "tuned": {"perplexity": tuned}}
+    records = {"train": {"settings": settings}, "evaluate": {"trained_by": method, "base_bits": None}}
+    assert report.headline(metrics, records).startswith(expected)
+
+
+@pytest.mark.parametrize(("perplexity", "shown"), [(99.0, True), (2.5e6, False)])
+def test_word_perplexities_are_shown_where_they_tell_something(perplexity, shown):
+    values = dict.fromkeys(report.METRIC_ROWS, 1.0) | {"word_perplexity": perplexity}
+    table = report.metrics_table({"base": values, "tuned": values, "change": dict.fromkeys(values, 0.0)})
+    assert ("perplexity (of words)" in table) == ("word perplexity" in describe_metrics(values)) == shown
+
+
 def test_the_report_shows_exactly_the_existing_pictures():
     shown = render(Path("metrics/report.md").read_text()).pictures
     assert all(Path("metrics", name).is_file() for name in shown)
     assert {Path(name).name for name in shown} == {file.name for file in Path("metrics/plots").iterdir()}
-    assert len(shown) == 6
+    assert len(shown) == 7
 
 
 def test_the_report_shows_how_both_models_continue_test_articles():
@@ -141,8 +188,9 @@ def test_evaluating_again_gives_the_same_samples_and_plots():
     after = render(Path("again/report.md").read_text())
     start, end = before.index("prompt"), before.index("stage")
     assert after.cells[after.cells.index("prompt") : after.cells.index("stage")] == before[start:end]
-    assert len(after.pictures) == 6
-    for name in ("eval.json", "positions.csv", "plots/loss_by_position.png", "plots/accuracy_by_position.png"):
+    assert len(after.pictures) == 7
+    pictures = ("plots/loss_by_position.png", "plots/accuracy_by_position.png", "plots/passage.png")
+    for name in ("eval.json", "positions.csv", *pictures):
         assert Path("again", name).read_bytes() == Path("metrics", name).read_bytes()
 
 
@@ -210,6 +258,7 @@ def test_missing_records_are_shown_as_not_recorded(evaluated, tmp_path, monkeypa
         stage: stage != "evaluate" for stage in STAGES
     }
     text = Path("metrics/report.md").read_text()
-    assert "- preset: not known\n" in text
+    assert "| preset | not known |\n" in text
     assert text.count("not recorded") == 4
-    assert "- commit: not known\n" in text  # no repository
+    assert "| commit | not known |\n" in text  # no repository
+    assert "of the weights" not in text
