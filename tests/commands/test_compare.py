@@ -34,9 +34,12 @@ def write_metrics(project: Path, tuned: float, frozen: int, adapter: int, base: 
     (project / "metrics/train.json").write_text(json.dumps(training))
 
 
-def save_experiment(project: Path, name: str, method: str, *metrics: float, **counts: int) -> None:
+def save_experiment(
+    project: Path, name: str, method: str, *metrics: float, params: dict | None = None, **counts: int
+) -> None:
     """Save the workspace with these metrics as an experiment, and restore it."""
-    tiny.set_param(project, "method", method)
+    for key, value in {"method": method, **(params or {})}.items():
+        tiny.set_param(project, key, value)
     write_metrics(project, *metrics, **counts)
     tiny.run(project, "dvc", "exp", "save", "--quiet", "--force", "--name", name)
     tiny.run(project, "git", "checkout", "--quiet", ".")
@@ -86,7 +89,7 @@ def test_the_default_is_the_last_commits_experiments_best_first(project):
     assert "waiting is left out" in output
     assert "older" not in output
     with Image.open(project / "dvc_plots/compare.png") as picture:
-        assert picture.size == (800, 450)
+        assert picture.size == (800, 280)
         assert color_share(picture, plots.TUNED_COLOR) > 0
     assert tiny.run(project, "git", "status", "--short") == ""
 
@@ -95,9 +98,10 @@ def test_names_may_be_older_experiments_commits_and_branches(project):
     assert table_rows(run_compare(project, "quantized", "low-rank")) == [LOW_RANK, QUANTIZED]
     assert table_rows(run_compare(project, "older", "low-rank")) == [LOW_RANK, OLDER]
     first = tiny.run(project, "git", "rev-parse", "HEAD").strip()
-    for name in ("main", "workspace", first, first[:7]):
-        ((shown, *cells),) = table_rows(run_compare(project, name, "--out", "dvc_plots/one.png"))
-        assert (shown, cells[2]) == (name, "25.00")
+    tiny.run(project, "git", "branch", "--force", "side", first)
+    names = ("main", "HEAD", "HEAD~1", "side", "workspace", first, first[:7])
+    rows = table_rows(run_compare(project, *names, "--out", "dvc_plots/one.png"))
+    assert {(shown, cells[2]) for shown, *cells in rows} == {(name, "25.00") for name in names}
 
 
 def test_the_error_for_an_unknown_name_lists_the_known_names(project):
@@ -167,27 +171,79 @@ PICTURES = {
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_all_names_are_in_view_and_none_overlap(name, tmp_path, monkeypatch):
+def test_all_texts_are_in_view_and_none_overlap(name, tmp_path, monkeypatch):
     experiments = sorted(PICTURES[name], key=lambda each: each.tuned)
     with record_axes(monkeypatch) as drawn:
         compare.draw_comparison(experiments, tmp_path / "compare.png")
     (axes,) = drawn
     check_layout(axes)
-    assert [text.xy for text in axes.texts] == [(each.frozen / 1e6, each.tuned) for each in experiments]
-    # No circle covers the tick labels of an axis.
-    circles = axes.collections[0]
-    radii = [size**0.5 / 2 * plots.DPI / 72 for size in circles.get_sizes()]
-    left_edges = axes.transData.transform(circles.get_offsets())[:, 0] - radii
-    assert left_edges.min() >= axes.bbox.x0
+    # Each point lies inside the axes, at the height of its name: nothing has to cross anything.
+    (points,) = axes.collections
+    assert points.get_offsets().tolist() == [[each.tuned, row] for row, each in enumerate(experiments)]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        compare.shorten(each.name) for each in experiments
+    ]
+    centers = axes.transData.transform(points.get_offsets())
+    assert all(axes.bbox.x0 < x < axes.bbox.x1 and axes.bbox.y0 < y < axes.bbox.y1 for x, y in centers)
     with Image.open(tmp_path / "compare.png") as picture:
         assert picture.width == 800
 
 
-def test_points_show_memory_and_perplexity_areas_show_adapters(tmp_path, monkeypatch):
+def test_the_picture_names_the_sizes_of_base_and_adapter(tmp_path, monkeypatch):
     with record_axes(monkeypatch) as drawn:
         compare.draw_comparison([experiment("a", 21, 500, 2), experiment("b", 22, 200, 8)], tmp_path / "compare.png")
-    circles, centers = drawn[0].collections
-    assert circles.get_offsets().tolist() == centers.get_offsets().tolist() == [[500, 21], [200, 22]]
-    small, large = circles.get_sizes()
-    assert large == 4 * small
-    assert drawn[0].get_xlabel() == "frozen base in memory (MB)"
+    assert [text.get_text() for text in drawn[0].texts] == ["MB: base + adapter", "500.0 + 2.0", "200.0 + 8.0"]
+
+
+# Parameters
+
+
+def with_params(name: str, tuned: float, **params: object) -> compare.Experiment:
+    """Return an experiment with these parameters; two underscores stand for a dot."""
+    values = {"method": "lora", "seed": 0, "lora.r": 16, "train.seed": None}
+    values |= {key.replace("__", "."): value for key, value in params.items()}
+    return compare.Experiment(name, "lora", (1,), 30.0, tuned, 1, 1, 2_359_296, values)
+
+
+def test_each_parameter_that_differs_has_a_column():
+    experiments = [with_params("a", 20, lora__r=8, train__seed=1), with_params("b", 21, method="full")]
+    lines = compare.format_table(experiments).splitlines()
+    assert re.split(r" {2,}", lines[1])[:4] == ["experiment", "method", "r", "train.seed"]
+    assert [re.split(r" {2,}", line)[:4] for line in lines[2:]] == [
+        ["a", "lora", "8", "1"],
+        ["b", "lora", "16", "null"],
+    ]
+    assert len({len(line) for line in lines}) == 1
+    alike = compare.format_table([with_params("a", 20), with_params("b", 21)]).splitlines()
+    assert re.split(r" {2,}", alike[1])[:3] == ["experiment", "method", "perplexity"]
+
+
+def test_runs_that_differ_in_train_seed_alone_have_a_mean():
+    seeds = [with_params(f"s{seed}", 20.0 + seed, train__seed=seed) for seed in range(3)]
+    assert compare.describe_seeds(seeds) == [
+        "21.00 ± 1.00 (mean, sample standard deviation) over train.seed: s0, s1, s2"
+    ]
+    assert compare.describe_seeds([seeds[0], with_params("r8", 20, lora__r=8, train__seed=1)]) == []
+    assert compare.describe_seeds([with_params("a", 20), with_params("b", 20)]) == []  # one run, twice
+    others = [with_params("t0", 30, lora__r=8, train__seed=0), with_params("t1", 32, lora__r=8, train__seed=1)]
+    assert [line.split(": ")[1] for line in compare.describe_seeds([*seeds, *others])] == ["s0, s1, s2", "t0, t1"]
+
+
+def test_the_method_is_that_of_the_runs_own_record(project):
+    try:
+        write_metrics(project, 21.0, 400, 4)
+        file = project / "metrics/train.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"method": "qlora", "base_bits": 8}))
+        stages = {"train": {"cmd": "true", "params": {"params.yaml": {"lora": {"r": 2}, "train": {"seed": 5}}}}}
+        (project / "dvc.lock").write_text(json.dumps({"schema": "2.0", "stages": stages}))
+        output = run_compare(project, "workspace", "low-rank")
+    finally:
+        (project / "dvc.lock").unlink()
+        tiny.run(project, "git", "checkout", "--quiet", ".")
+    rows = table_rows(output)
+    assert [row[:4] for row in rows] == [["workspace", "qlora, 8 bits", "2", "5"], ["low-rank", "lora", "16", "null"]]
+
+
+def test_all_commits_are_searched_if_asked(project):
+    names = [row[0] for row in table_rows(run_compare(project, "--all-commits"))]
+    assert names == ["all-weights", "low-rank", "quantized", "older"]
