@@ -2,7 +2,8 @@
 
 in   data/tokens, data/base, params.yaml: method, methods.<method>, lora.*, train.*, seed
 out  data/adapter: the adapter with the lowest validation loss, or the whole model with method full
-     metrics/loss.csv: losses, learning rate and gradient norm, written at each validation
+     metrics/loss.csv: losses, learning rate and gradient norm, written at each validation; the first row is before
+         training, and has a validation loss alone
      metrics/train.json: what was trained, and its lowest validation loss
      metrics/train_timings.json: seconds, tokens per second and memory, which differ from run to run
      data/environment/train.json: hardware, versions and duration

@@ -84,11 +84,11 @@ def print_table(found: dict[str, dict]) -> None:
     rows = [("base", "base", found["lora"], 0)]
     rows += [(method, "tuned", found[method], found[method]["trainable_parameters"]) for method in EXPERIMENTS]
     print("\ntest split      loss  perplexity  accuracy     trainable  frozen base")
-    print("         nats/token                     %    parameters           MB")
+    print("         nats/token                 share    parameters           MB")
     for name, prefix, of, trainable in rows:
         print(
             f"{name:10}{of[f'{prefix}.loss']:10.4f}{of[f'{prefix}.perplexity']:12.2f}"
-            f"{100 * of[f'{prefix}.accuracy']:10.2f}{trainable:14,}{of['frozen_base_bytes'] / 1e6:13.2f}"
+            f"{of[f'{prefix}.accuracy']:10.4f}{trainable:14,}{of['frozen_base_bytes'] / 1e6:13.2f}"
         )
     print("\nNext: `. .venv/bin/activate`, then `dvc exp show`, `dvc exp apply demo-qlora` or `dvc repro`.")
 

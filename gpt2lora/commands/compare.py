@@ -140,8 +140,8 @@ def read_experiment(name: str, revision: dict) -> Experiment | None:
 
 def describe_method(training: dict, params: dict) -> str:
     """Return the method that train.json names; a file of an earlier version names none, and params.yaml has to do."""
-    method = training.get("method") or params["method"]
-    bits = training.get("base_bits") if "method" in training else params["methods"]["qlora"]["bits"]
+    method = training.get("trained_by") or params["method"]
+    bits = training.get("base_bits") if "trained_by" in training else params["methods"]["qlora"]["bits"]
     return method + (f", {bits} bits" if method == "qlora" else "")
 
 

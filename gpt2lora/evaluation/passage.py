@@ -156,7 +156,7 @@ def wrap_texts(texts: list[str], width: float) -> list[list[tuple[int, str]]]:
         if ended and not blank:  # blank lines take no room
             lines.append([])
             used = 0.0
-        ended = shown.endswith(MARKS["\n"]) or (ended and blank)
+        ended = ends_line(shown) or (ended and blank)
         for part in [word] if size <= width else [[piece] for piece in word]:
             size = sum(text_width(text) for _, text in part)
             if lines[-1] and used + size > width:
@@ -175,10 +175,15 @@ def split_words(texts: list[str], width: float) -> list[list[tuple[int, str]]]:
         whole = text_width(text) <= width
         pieces = [text] if whole else [text[start : start + room] for start in range(0, len(text), room)]
         for piece in filter(None, pieces):
-            if not words or piece[0].isspace() or words[-1][-1][1].endswith(MARKS["\n"]):
+            if not words or piece[0].isspace() or ends_line(words[-1][-1][1]):
                 words.append([])
             words[-1].append((index, piece))
     return words
+
+
+def ends_line(shown: str) -> bool:
+    """Tell whether nothing visible follows a line break in what is drawn; spaces after it may be of the same token."""
+    return shown.rstrip(" ").endswith(MARKS["\n"])
 
 
 def show_text(text: str) -> str:

@@ -30,6 +30,9 @@ class History:
         with atomic_output(file) as new, new.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.DictWriter(stream, self.rows[0], lineterminator="\n")
             writer.writeheader()
+            # Before training: nothing but a validation. Plots leave out what is no number.
+            start = {"step": 0, "tokens": 0, "validation_loss": self.start_loss}
+            writer.writerow(dict.fromkeys(self.rows[0], math.nan) | start)
             writer.writerows(self.rows)
 
 

@@ -32,8 +32,11 @@ def summarize_training(model: torch.nn.Module, history: History, planned_steps: 
 
 
 def describe_method(method: str, quantization: QuantizationParams | None) -> dict:
-    """Return the method, and in how many bits the frozen base was: params.yaml may say something else by now."""
-    return {"method": method} | ({"base_bits": quantization.bits} if quantization else {})
+    """Return the method, and in how many bits the frozen base was: params.yaml may say something else by now.
+
+    The key is not `method`: `dvc exp show` would call both columns by their files.
+    """
+    return {"trained_by": method} | ({"base_bits": quantization.bits} if quantization else {})
 
 
 def describe_settings(lora: LoraParams, options: TrainParams, seed: int, train_seed: int, record: dict) -> dict:
@@ -44,7 +47,7 @@ def describe_settings(lora: LoraParams, options: TrainParams, seed: int, train_s
     """
     shown = ("trainable_parameters", "trainable_percent", "steps", "tokens")
     return {
-        "lora": asdict(lora) if record["method"] != "full" else None,
+        "lora": asdict(lora) if record["trained_by"] != "full" else None,
         "rows_per_step": options.batch_size * options.accumulation_steps,
         **{name: getattr(options, name) for name in ("learning_rate", "epochs")},
         **{name: record[name] for name in shown},

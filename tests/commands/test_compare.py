@@ -233,7 +233,7 @@ def test_the_method_is_that_of_the_runs_own_record(project):
     try:
         write_metrics(project, 21.0, 400, 4)
         file = project / "metrics/train.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"method": "qlora", "base_bits": 8}))
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"trained_by": "qlora", "base_bits": 8}))
         stages = {"train": {"cmd": "true", "params": {"params.yaml": {"lora": {"r": 2}, "train": {"seed": 5}}}}}
         (project / "dvc.lock").write_text(json.dumps({"schema": "2.0", "stages": stages}))
         output = run_compare(project, "workspace", "low-rank")

@@ -86,6 +86,8 @@ def test_lines_break_where_the_text_does_and_blank_ones_take_no_room():
     texts = [passage.show_text(text) for text in ("a", " b\n", "\n", "  ", "\n", "    ", "c", "d\n")]
     lines = passage.wrap_texts(texts, 500)
     assert ["".join(text for _, text in line) for line in lines] == ["a b↵↵  ↵", "    cd↵"]  # indented
+    joined = passage.wrap_texts(["a:↵    ", "b"], 500)  # a token of a line break and spaces
+    assert ["".join(text for _, text in line) for line in joined] == ["a:↵    ", "b"]
     narrow = passage.wrap_texts(["one", " two", "fold", " three"], passage.text_width("one twof"))
     assert ["".join(text for _, text in line) for line in narrow] == ["one", " twofold", " three"]
 

@@ -26,8 +26,8 @@ def write_table(file: Path, columns: tuple[str, ...], rows: list[tuple]) -> Path
 
 
 def loss_rows(rows: int, step: int = 85, tokens: int = 8192) -> list[tuple]:
-    """Return rows of loss.csv, as of a run."""
-    return [
+    """Return rows of loss.csv, as of a run: the first one is before training."""
+    return [(0, 0, math.nan, 5.0, math.nan, math.nan)] + [
         (n * step, n * step * tokens, 3 + 2 / n, 3.1 + 1.9 / n, 1e-3 * (1 - n / rows), 1 + math.sin(n))
         for n in range(1, rows + 1)
     ]
@@ -121,6 +121,15 @@ def test_all_texts_are_in_view_and_none_overlap(tmp_path, monkeypatch, group, co
 )
 def test_tick_labels_of_large_counts_are_short(count, expected):
     assert plots.short_number(count) == expected
+
+
+def test_the_validation_loss_begins_at_step_0(tables, tmp_path, monkeypatch):
+    table = tables[plots.TRAINING_PLOTS]
+    with record_axes(monkeypatch) as drawn:
+        plots.draw_plots(plots.TRAINING_PLOTS, table, tmp_path)
+    training, validation = drawn[0].lines
+    assert (validation.get_xdata()[0], validation.get_ydata()[0]) == (0, 5.0)
+    assert math.isnan(training.get_ydata()[0])
 
 
 # Reproducible

@@ -5,7 +5,10 @@ from pathlib import Path
 from tiny import run
 
 TABLES = ("eval.json", "loss.csv", "positions.csv", "train.json", "train_timings.json")
-PLOTS = ("accuracy_by_position", "gradient_norm", "learning_rate", "loss_by_position", "loss_by_step", "loss_by_tokens")
+PLOTS = (
+    *("accuracy_by_position", "gradient_norm", "learning_rate", "loss_by_position", "loss_by_step", "loss_by_tokens"),
+    "passage",
+)
 METRICS = {*(f"metrics/{name}" for name in TABLES), *(f"metrics/plots/{name}.png" for name in PLOTS)}
 
 

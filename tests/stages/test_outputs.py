@@ -40,10 +40,13 @@ def test_every_number_in_the_metrics_is_finite(method):
     with open(f"{method}/loss.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     record = read_json(f"{method}/train.json")
+    assert record.pop("trained_by") in ("lora", "qlora", "full")
     assert all(isinstance(name, str) for name in record.pop("adapted_modules"))  # the only list, which DVC leaves out
     values = [number for part in ("eval", "train_timings") for number in numbers(read_json(f"{method}/{part}.json"))]
     values += numbers(record)
-    values += [float(cell) for row in rows for cell in row.values()]
+    values += [float(cell) for row in rows[1:] for cell in row.values()]
+    no_numbers = {name for name, cell in rows[0].items() if math.isnan(float(cell))}  # before training
+    assert no_numbers == {"train_loss", "learning_rate", "gradient_norm"}
     assert len(values) > 20
     assert all(isinstance(number, int | float) and math.isfinite(number) for number in values)
 
@@ -56,6 +59,10 @@ def test_the_training_record_agrees_with_the_files(method):
     best = min(rows, key=lambda row: float(row["validation_loss"]))
     assert record["best_validation_loss"] == float(best["validation_loss"]) < record["start_validation_loss"]
     assert record["best_step"] == int(best["step"])
+    start = {"step": "0", "tokens": "0", "validation_loss": str(record["start_validation_loss"])}
+    assert rows[0].items() >= start.items()
+    assert record["trained_by"] == read_json(f"{method}/adapter/method.json")["method"]
+    assert record.get("base_bits") == {"qlora": 4, "qlora8": 8}.get(method.split(",")[0])
     assert record["steps"] == int(rows[-1]["step"])
     assert record["tokens"] == read_json("data/tokens/manifest.json")["splits"]["train"]["predicted_tokens"]
     files = file_contents(Path(method, "adapter"))

@@ -58,11 +58,11 @@ def test_loss_csv_is_written_at_every_validation(training_folder, stop_training)
         return [int(line.split(",")[0]) for line in Path("metrics/loss.csv").read_text().splitlines()[1:]]
 
     stop_training(9)
-    assert steps() == [4, 7]
+    assert steps() == [0, 4, 7]
     stop_training(14)
-    assert steps() == [4, 7, 10, 13]
+    assert steps() == [0, 4, 7, 10, 13]
     run_stage(train.main)
-    assert steps() == [4, 7, 10, 13, 16]
+    assert steps() == [0, 4, 7, 10, 13, 16]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
