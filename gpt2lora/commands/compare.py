@@ -148,7 +148,7 @@ def describe_method(training: dict, params: dict) -> str:
 def locked_params(lock: Path) -> dict[str, object]:
     """Return what params.yaml held when the stages of the workspace last ran; it may have been put back since."""
     stages = parse_yaml(lock.read_bytes())["stages"] if lock.is_file() else {}
-    found = [flatten(stage.get("params", {}).get("params.yaml", {})) for stage in stages.values()]
+    found = (flatten(file) for stage in stages.values() for file in stage.get("params", {}).values())
     return {name: value for values in found for name, value in values.items()}
 
 
