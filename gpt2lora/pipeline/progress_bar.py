@@ -28,5 +28,6 @@ def progress_bar(label: str, total: int, unit: str, **options) -> "tqdm":
     options |= {"desc": label, "total": total, "unit": unit}
     if sys.stderr.isatty():
         return tqdm(mininterval=0.5, **options)
-    seconds = {"delay": LINE_INTERVAL, "mininterval": LINE_INTERVAL, "maxinterval": LINE_INTERVAL}
-    return tqdm(file=Lines(), bar_format=LINE_FORMAT, **options | seconds | {"leave": False})
+    # With a number of iterations given, tqdm's thread that watches slow bars prints no lines of its own.
+    timing = {"delay": LINE_INTERVAL, "mininterval": LINE_INTERVAL, "miniters": 1}
+    return tqdm(file=Lines(), bar_format=LINE_FORMAT, **options | timing | {"leave": False})

@@ -75,6 +75,11 @@ def test_any_text_is_drawn_inside_the_picture_without_warnings(tokenizer, text, 
         assert picture.width == 800
 
 
+def test_dollar_signs_begin_no_formula(tmp_path):
+    one = np.ones(1)
+    passage.draw_passage(passage.Passage(0, [r"$\nonsense{$"], [1], one, one), tmp_path / "a.png")
+
+
 def test_characters_without_a_glyph_are_shown_by_their_codes():
     assert passage.show_text("я中\x00a\u202e") == "я\\u4e2d\\x00a\\u202e"
     assert passage.show_text("a\tb\n") == "a⇥b↵"
