@@ -30,6 +30,9 @@ def load_base(folder: Path, quantization: QuantizationParams | None, dtype: torc
     config = load_config(folder)
     if getattr(config, "activation_function", None) == "gelu_new":
         config.activation_function = "gelu_pytorch_tanh"  # the same function in one kernel instead of six
+    if getattr(config, "rescale_every", 0):
+        # Outside training, RWKV halves states and weights in place against overflow in fp16; adapters it does not know.
+        config.rescale_every = 0
     target = device.pick_device()
     if quantization is None:
         model = _load_model(folder, config).to(target)

@@ -74,7 +74,7 @@ def validate(
     group.check_same({"values of the trained parameters": reduction.checksum([value.detach() for value in trained])})
     label = f"validation at step {state.step}"
     try:
-        with backward.share_memory():
+        with computation_errors(model, dtype, "train.precision"), backward.share_memory():
             loss = validation_loss(model, validation, options.batch_size, dtype, label, stops)
     except ScoringStopped:
         state.stopping = stops()

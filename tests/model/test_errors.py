@@ -9,7 +9,7 @@ from training_steps import make_rows
 from gpt2lora.model import errors, loading
 from gpt2lora.model.computation_errors import computation_errors
 from gpt2lora.pipeline.cli import StageError
-from gpt2lora.training import loop
+from gpt2lora.training import loop, validation
 
 
 def fail_in(network: torch.nn.Module, *types: torch.dtype) -> None:
@@ -43,6 +43,14 @@ def test_a_model_that_fails_in_every_precision_gets_no_such_advice(tiny_model, p
     fail_in(network, torch.bfloat16, torch.float32)
     with pytest.raises(StageError, match=r"^GPT2LMHeadModel cannot be computed in .*take another model"):
         loop.fit(network, split, split, tiny.train_params(precision=precision), 0)
+
+
+def test_a_model_that_fails_in_a_later_validation_says_so(tiny_model, monkeypatch):
+    """As one does that changes its weights between training and evaluation."""
+    network, split, losses = new_adapter(tiny_model), make_rows([17] * 4), {"first": 5.0}
+    monkeypatch.setattr(validation, "validation_loss", lambda *arguments: losses.pop("first"))
+    with pytest.raises(StageError, match=r"^GPT2LMHeadModel cannot be computed in float32 \(KeyError: 'first'\)"):
+        loop.fit(network, split, split, tiny.train_params(), 0)
 
 
 @pytest.mark.parametrize(

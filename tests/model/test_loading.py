@@ -17,9 +17,16 @@ from small_models import (
 )
 from tiny import low_rank
 from training_steps import LENGTHS, frozen_values, make_rows, step_gradients, trained_values
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, RwkvConfig, RwkvForCausalLM
 
 from gpt2lora.model import loading, lora
+
+
+def training_logits(network: torch.nn.Module) -> torch.Tensor:
+    """Return the logits of IDS of a model without dropout, computed as in training."""
+    network.train()
+    with torch.no_grad():
+        return network(input_ids=IDS, use_cache=False).logits
 
 
 def test_the_faster_gelu_computes_the_same_logits(gpt2_folder):
@@ -39,6 +46,22 @@ def test_batches_are_not_searched_for_padding(gpt2_folder, tmp_path, caplog):
     with caplog.at_level("WARNING", "transformers"):
         assert torch.equal(logits(load(tmp_path)), logits(load(gpt2_folder)))
     assert not caplog.records
+
+
+@on_every_base
+def test_no_weights_are_rescaled_outside_training_without_their_adapter(tmp_path, quantization):
+    """RWKV would do it: its adapter would count twice as much in each validation as in the step before."""
+    config = RwkvConfig(vocab_size=300, context_length=64, hidden_size=64, num_hidden_layers=3, rescale_every=1)
+    torch.manual_seed(0)
+    original = RwkvForCausalLM(config)
+    original.save_pretrained(tmp_path)
+    network = lora.attach_lora(load(tmp_path, quantization), low_rank())
+    if quantization is None:  # before the adapter has an effect
+        torch.testing.assert_close(logits(network), training_logits(original.to(IDS.device)), rtol=1e-5, atol=1e-5)
+    fill_factors_b(network, 0.5)
+    in_evaluation = logits(network)
+    torch.testing.assert_close(training_logits(network), in_evaluation, rtol=1e-4, atol=1e-4)
+    assert torch.equal(logits(network), in_evaluation)
 
 
 def test_a_float_base_has_the_folder_s_weights_in_fp32(tiny_model):
