@@ -34,6 +34,8 @@ def test_an_experiment_in_the_workspace(finished):
     base_bytes = changes["metrics/train.json"]["frozen_base_bytes"]
     assert base_bytes["new"] < base_bytes["old"]
     assert changes["metrics/eval.json"]["tuned.loss"]["diff"] != 0
+    assert changes["metrics/train.json"].pop("trained_by") == {"old": "lora", "new": "qlora"}
+    assert changes["metrics/train.json"].pop("base_bits")["new"] == 4
     rows = [row for file in changes.values() for row in file.values()]
     assert all(math.isfinite(number) for row in rows for number in row.values())
 
