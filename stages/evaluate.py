@@ -22,7 +22,7 @@ from pathlib import Path
 import click
 
 from gpt2lora.distributed import launch
-from gpt2lora.evaluation import passage, plots, report
+from gpt2lora.evaluation import plots, report
 from gpt2lora.evaluation.metrics import (
     compute_metrics,
     count_scored,
@@ -82,6 +82,7 @@ def evaluate(raw: Path, tokens: Path, base: Path, adapter: Path, loss: Path, out
 
     echo("evaluate: loading torch and transformers")
     from gpt2lora.distributed import group
+    from gpt2lora.evaluation import passage
     from gpt2lora.evaluation.samples import choose_prompts, generate_samples
     from gpt2lora.model import device, loading
     from gpt2lora.scoring.log_likelihood import score_windows

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from gpt2lora.scoring.log_likelihood import TokenScores
     from gpt2lora.scoring.windows import Windows
 
-FILE = "passage.png"
+FILE = plots.PASSAGE
 MAX_TOKENS, MAX_LINES = 320, 14
 SEARCHED = 1000  # tokens among which a line's start is looked for
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # at the end of a decoded text: its last character lacks bytes

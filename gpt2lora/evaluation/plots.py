@@ -18,6 +18,7 @@ from gpt2lora.pipeline.cli import StageError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+PASSAGE = "passage.png"  # drawn by gpt2lora/evaluation/passage.py
 SIZE, DPI = (8.0, 4.5), 100  # inches, pixels per inch
 PALETTE = 128  # colours of a picture: enough for smooth text, at a third of the bytes, which git keeps for every run
 BASE_COLOR, TUNED_COLOR = "#6c757d", "#d9480f"

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt2lora.evaluation.metrics import format_perplexity, shows_words
-from gpt2lora.evaluation.passage import FILE as PASSAGE
-from gpt2lora.evaluation.plots import TEST_PLOTS, TRAINING_PLOTS
+from gpt2lora.evaluation.plots import PASSAGE, TEST_PLOTS, TRAINING_PLOTS
 from gpt2lora.pipeline.artifacts import atomic_output
 
 if TYPE_CHECKING:
