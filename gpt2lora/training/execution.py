@@ -91,7 +91,7 @@ def prepare_backward(
             return backward
         backward, reason = None, f"{attempt} ones fail: {failure}"
         restore_eager(model, device, random_state)
-    if device.type == "cuda":
+    if device.type == "cuda" or mode != "eager":  # on a CPU there is nothing to choose
         echo(f"train: eager steps: {reason}")
     return eager_backward(model, dtype)
 
