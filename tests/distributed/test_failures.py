@@ -112,7 +112,7 @@ def test_a_signal_stops_all_processes_after_the_same_step(fail_group, training_f
     ],
 )
 def test_processes_that_differ_are_refused(fail_group, training_folder, copy_of, setup, expected):
-    copy_of(training_folder, "other", {"train.learning_rate": 1e-3})
+    copy_of(training_folder, "other", {"train.learning_rate": 3e-3})
     (line,) = fail_group(setup)
     assert line == f"Error: rank 0 of 2: {expected}: give all processes the same"
 

@@ -59,6 +59,7 @@ def test_dvc_repro_resumes_a_killed_training(project, prepared_folder, monkeypat
     monkeypatch.chdir(project)
     run_stage(train.main)
     expected = read_outputs(project)
+    tiny.run(project, "dvc", "repro", "sources")
     command = ["dvc", "repro", "--single-item", "train"]
     process = subprocess.Popen(command, env=tiny.environment(), text=True, stdout=subprocess.PIPE)
     while len(checkpoint_files()) < 2:

@@ -207,6 +207,7 @@ def test_experiments_of_a_parallel_queue_can_be_shared(author, clones, clone):
 
 def test_a_second_dvc_repro_stops_at_the_lock_of_the_first(author, clone):
     run(clone, "dvc", "pull")
+    run(clone, "dvc", "repro", "sources")
     command = ["dvc", "repro", "--force", "--single-item", "train"]
     variables = tiny.environment() | {"PYTHONUNBUFFERED": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8"}
