@@ -4,7 +4,7 @@ import importlib
 
 import click
 
-COMMANDS = ("compare", "dequantize", "export", "generate")
+COMMANDS = ("compare", "dequantize", "export", "generate", "play")
 
 
 class Group(click.Group):

@@ -6,17 +6,13 @@ out  stdout: the prompt and its continuation, token by token; stderr: the model 
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from gpt2lora.dataset.tokenizer import end_of_text_id, load_tokenizer, text_prefix
+from gpt2lora.dataset.prompt import check_length, encode_prompt
+from gpt2lora.dataset.tokenizer import end_of_text_id, load_tokenizer
 from gpt2lora.pipeline.artifacts import read_json, verify_folder
-from gpt2lora.pipeline.cli import StageError, command
-from gpt2lora.pipeline.context import max_context
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+from gpt2lora.pipeline.cli import command
 
 BASE, ADAPTER = Path("data/base"), Path("data/adapter")
 
@@ -69,8 +65,7 @@ def main(prompt: str, base: bool, max_new_tokens: int, greedy: bool, seed: int, 
     config = read_json(BASE / "config.json", "base", "vocab_size")
     tokenizer = load_tokenizer(BASE)
     end = end_of_text_id(BASE, config, tokenizer)
-    ids = text_prefix(tokenizer) + encode_prompt(tokenizer, prompt)
-    ids = ids or [end]  # in training, a text follows the end of another
+    ids = encode_prompt(tokenizer, prompt, end)
     check_length(len(ids), max_new_tokens, config)
     import torch
     from transformers import TextStreamer
@@ -94,24 +89,3 @@ def main(prompt: str, base: bool, max_new_tokens: int, greedy: bool, seed: int, 
         streamer=TextStreamer(tokenizer),
         **({} if greedy else sampling),
     )
-
-
-def encode_prompt(tokenizer: "Tokenizer", prompt: str) -> list[int]:
-    """Return the ids of a prompt. Unlike in a corpus, the characters <|endoftext|> stand for the token."""
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise StageError("the prompt is not UTF-8") from error
-    tokenizer.encode_special_tokens = False
-    return tokenizer.encode(prompt, add_special_tokens=False).ids
-
-
-def check_length(prompt: int, new: int, config: dict) -> None:
-    """Refuse a prompt that together with the new tokens is longer than the model's context."""
-    positions = max_context(config) or math.inf
-    if prompt + new > positions:
-        advice = f"at most --max-new-tokens {positions - prompt}" if prompt < positions else "shorten the prompt"
-        raise StageError(
-            f"{prompt:,} tokens of the prompt and {new:,} new ones are {prompt + new:,}, the model has {positions:,} "
-            f"positions: {advice}"
-        )

@@ -154,7 +154,7 @@ def test_stdout_is_the_text_and_stderr_one_line():
 
 @pytest.mark.parametrize(
     ("prompt", "new", "advice"),
-    [(PROMPT, 62, "at most --max-new-tokens "), ("the river " * 80, 1, "shorten the prompt")],
+    [(PROMPT, 62, "new tokens"), ("the river " * 80, 1, "shorten the prompt")],
 )
 def test_more_tokens_than_the_context_are_refused(prompt, new, advice):
     count = len(load_tokenizer(Path("data/base")).encode(prompt).ids)
@@ -167,7 +167,7 @@ def test_all_of_the_context_can_be_used():
     count = len(load_tokenizer(Path("data/base")).encode(PROMPT).ids)
     assert generate_text(PROMPT) != run_generate(PROMPT, "--max-new-tokens", 64 - count).stdout
     assert run_generate(PROMPT, "--max-new-tokens", 64 - count + 1, exit_code=1).output.endswith(
-        f"at most --max-new-tokens {64 - count}\n"
+        f"at most {64 - count} new tokens\n"
     )
 
 

@@ -1,0 +1,1 @@
+"""The page of `gpt2lora play`: base and tuned model side by side."""
