@@ -6,7 +6,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-all test-slow test-kill test-models test-peers verify table bench install clean
+.PHONY: help demo test test-all test-slow test-kill test-models test-peers test-web verify table bench install clean
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
@@ -35,6 +35,10 @@ test-models: $(INSTALLED) ## train and evaluate a small model of every type that
 test-peers: $(INSTALLED) ## compare with lm-evaluation-harness and transformers' Trainer; installs the extra `peers`
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[test,peers]'
 	$(BIN)/python -m pytest tests/peers
+
+test-web: $(INSTALLED) ## use the page of `gpt2lora play` in a headless Chromium: needs the package chromium
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[test,browser]'
+	$(BIN)/python -m pytest tests/web
 
 verify: $(INSTALLED) ## check GPT-2's published perplexities on WikiText-2: needs the hub, and a GPU or patience
 	@$(BIN)/python tools/published_perplexity.py

@@ -6,6 +6,7 @@ out  http://127.0.0.1:PORT, for programs of this machine alone
 
 import importlib.util
 import os
+import socket
 import threading
 from pathlib import Path
 
@@ -25,7 +26,8 @@ ADDRESS = "127.0.0.1"
 def main(port: int | None) -> None:
     """Open a page to continue prompts, and to read a text's surprises, with the base and the tuned model."""
     if importlib.util.find_spec("gradio") is None:
-        raise StageError("play needs the package gradio: pip install --constraint constraints.txt --editable '.[web]'")
+        raise StageError("play needs the package gradio: pip install -c constraints.txt -e '.[web]'")
+    check_port(port)
     verify_folder(BASE, "base")
     config = read_json(BASE / "config.json", "base", "vocab_size")
     tokenizer = load_tokenizer(BASE)
@@ -47,6 +49,16 @@ def main(port: int | None) -> None:
     echo(f"play: open {url} on this machine ({device.device_name(device.pick_device())}); Ctrl-C ends it")
     wait_for_interrupt()
     echo("play: ended")
+
+
+def check_port(port: int | None) -> None:
+    """Refuse a port that is taken, before the models are loaded."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((ADDRESS, port or 0))
+        except OSError as error:
+            raise StageError(f"port {port} of {ADDRESS}: {error.strerror}: give another --port") from error
 
 
 def stay_on_this_machine() -> None:

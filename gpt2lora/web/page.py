@@ -17,6 +17,7 @@ READERS = 4  # people whose requests run at once; others wait in line
 CSS = """
 .surprise {white-space: pre-wrap; overflow-wrap: anywhere; background: white; color: black; padding: 0.5em;
   line-height: 1.6; font-size: 15px; border-radius: 4px}
+.surprise span {box-shadow: inset -1px 0 white}
 .legend span {display: inline-block; width: 10em; height: 0.8em; border: 1px solid gray}
 """
 # The fonts of the reader's system: Gradio's own themes load theirs from Google.
@@ -52,7 +53,7 @@ def launch(page: gradio.Blocks, address: str, port: int | None) -> str:
         port: None for 7860, or the next one that is free.
 
     Raises:
-        StageError: the port is taken.
+        StageError: no port is free.
     """
     theme = gradio.themes.Default(**FONTS)
     # Each of these is also a variable of the environment, which must not open the page to others.
@@ -70,9 +71,7 @@ def launch(page: gradio.Blocks, address: str, port: int | None) -> str:
             **options,
         )
     except OSError as error:
-        raise StageError(
-            f"port {port or '7860 and those after it'} of {address} is taken: give another --port"
-        ) from error
+        raise StageError(f"no port of {address} is free ({error}): give a --port") from error
     return url
 
 
@@ -80,24 +79,14 @@ def add_continue(models: Models) -> None:
     """Add a prompt, both continuations side by side, and the options of sampling."""
     prompt = gradio.Textbox(label="Prompt", lines=3, placeholder="Empty: begin a new text", elem_id="prompt")
     with gradio.Row():
-        start = gradio.Button("Continue", variant="primary")
-        stop = gradio.Button("Stop")
+        start = gradio.Button("Continue", variant="primary", scale=4)
+        stop = gradio.Button("Stop", variant="stop", scale=1)
     with gradio.Row():
         outputs = [
-            gradio.Textbox(label=name, lines=10, interactive=False, elem_id=f"text-{number}")
+            gradio.Textbox(label=name, lines=10, max_lines=20, interactive=False, elem_id=f"text-{number}")
             for number, name in enumerate(models.networks)
         ]
-    default = Sampling()
-    with gradio.Row():
-        knobs = [
-            gradio.Slider(1, 1000, default.max_new_tokens, step=1, label="New tokens, at most"),
-            gradio.Slider(0.01, 2, default.temperature, step=0.01, label="Temperature"),
-            gradio.Slider(0, 1000, default.top_k, step=1, label="Top k (0: all)"),
-            gradio.Slider(0.01, 1, default.top_p, step=0.01, label="Top p"),
-            gradio.Slider(1, 3, default.repetition_penalty, step=0.05, label="Repetition penalty"),
-            gradio.Checkbox(default.greedy, label="Greedy: always the likeliest token"),
-            gradio.Number(default.seed, precision=0, minimum=0, maximum=2**53, label="Seed: the same for both"),
-        ]
+    options = add_options(models.context)
 
     def run(text: str, *values) -> Iterator[list[str]]:
         with shown_errors():
@@ -111,13 +100,32 @@ def add_continue(models: Models) -> None:
     running = gradio.on(
         [start.click, prompt.submit],
         run,
-        [prompt, *knobs],
+        [prompt, *options],
         outputs,
         concurrency_limit=READERS,
         show_progress="minimal",
         api_visibility="private",
     )
     stop.click(None, cancels=[running], api_visibility="private")
+
+
+def add_options(context: int) -> list[gradio.components.Component]:
+    """Add the options of sampling, in the order of the fields of `Sampling`; return them."""
+    default, most = Sampling(), context - 1
+    with gradio.Row():
+        upper = [
+            gradio.Slider(1, most, min(most, default.max_new_tokens), step=1, label="New tokens, at most"),
+            gradio.Slider(0.01, 2, default.temperature, step=0.01, label="Temperature"),
+            gradio.Slider(0, 1000, default.top_k, step=1, label="Top k (0: all)"),
+        ]
+    with gradio.Row():
+        lower = [
+            gradio.Slider(0.01, 1, default.top_p, step=0.01, label="Top p"),
+            gradio.Slider(1, 3, default.repetition_penalty, step=0.05, label="Repetition penalty"),
+            gradio.Checkbox(default.greedy, label="Greedy: always the likeliest token", container=True),
+            gradio.Number(default.seed, precision=0, minimum=0, maximum=2**53, label="Seed, the same for both models"),
+        ]
+    return upper + lower
 
 
 def add_read(models: Models) -> None:
@@ -139,7 +147,7 @@ def add_read(models: Models) -> None:
 
 
 def read_sampling(*values: float | None) -> Sampling:
-    """Return the options of the page, in their order there; a browser sends 1.0 as the integer 1."""
+    """Return the values of `add_options`; a browser sends 1.0 as the integer 1."""
     if None in values:
         raise StageError("an option is empty: give a number")
     new, temperature, top_k, top_p, penalty, greedy, seed = values

@@ -154,7 +154,7 @@ def test_stdout_is_the_text_and_stderr_one_line():
 
 @pytest.mark.parametrize(
     ("prompt", "new", "advice"),
-    [(PROMPT, 62, "new tokens"), ("the river " * 80, 1, "shorten the prompt")],
+    [(PROMPT, 62, "at most 59 new tokens"), ("the river " * 80, 1, "shorten the prompt")],
 )
 def test_more_tokens_than_the_context_are_refused(prompt, new, advice):
     count = len(load_tokenizer(Path("data/base")).encode(prompt).ids)

@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "scoring": {"distributed", "model", "dataset", "sources", "sample", "pipeline"},
     "training": {"distributed", "scoring", "model", "dataset", "sources", "sample", "pipeline"},
     "evaluation": {"scoring", "model", "dataset", "sources", "sample", "pipeline"},
-    "commands": {"training", "evaluation", "scoring", "model", "dataset", "sources", "sample", "pipeline"},
+    "web": {"evaluation", "scoring", "dataset", "pipeline"},
+    "commands": {"web", "training", "evaluation", "scoring", "model", "dataset", "sources", "sample", "pipeline"},
 }
 
 

@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 STAGES = ("sources", "base", "prepare", "tokenize", "train", "evaluate")
-COMMANDS = ("compare", "dequantize", "export", "generate")
+COMMANDS = ("compare", "dequantize", "export", "generate", "play")
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "datasets", "huggingface_hub", "numpy", "tokenizers"}
 RUN_MODULE = """
 import json, resource, runpy, sys
