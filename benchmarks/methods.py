@@ -3,7 +3,7 @@
     python -m benchmarks.methods --base FOLDER --corpus FOLDER --out FOLDER [--jobs N] [--only NAME ...]
 
 in   --base, a model; --corpus, a text; params.yaml for everything that METHODS does not set
-out  OUT/runs.jsonl: a record for each run; OUT/methods.md: the tables
+out  OUT/runs.jsonl: a record for each run; OUT/methods.md: the tables; OUT/methods.png: the figure
 
 base, prepare and tokenize run once. Started again, the study makes only the runs that are missing or failed.
 """
@@ -25,6 +25,7 @@ from typing import Any
 import click
 
 from benchmarks import workspace
+from benchmarks.methods_figure import draw_methods
 from gpt2lora.pipeline.artifacts import atomic_output
 from gpt2lora.pipeline.cli import StageError, command, echo
 
@@ -49,7 +50,7 @@ METHODS: dict[str, dict[str, Any]] = {  # what differs from params.yaml; method 
     "lora-bits-4": {"lora.bits": 4},
 }
 RATES = (2e-4, 5e-4, 1e-3, 2e-3, 5e-3)
-LOW_RATES = (2e-5, 5e-5, 1e-4, 2e-4, 5e-4)  # of `full`
+LOW_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4)  # of `full`
 SEEDS = (0, 1, 2)
 METRICS = ("train", "train_timings", "eval")  # the files of metrics/ that a record holds
 EXISTING = click.Path(exists=True, path_type=Path)
@@ -104,6 +105,7 @@ def main(
             echo(f"methods: {number}/{len(todo)} {record['key']}: {result}, {record['seconds']:.0f} s")
             with atomic_output(out / "methods.md") as file:
                 file.write_text(render(records, json.loads((shared / "conditions.json").read_text())), encoding="utf-8")
+    draw_methods(means(records), out / "methods.png")
     echo(f"methods: {out}/methods.md holds {sum(record['error'] is None for record in records.values())} runs")
 
 
@@ -218,6 +220,19 @@ def spread(numbers: list[float | None], form: str) -> str:
         return ""
     mean = format(statistics.mean(numbers), form)
     return f"{mean} ± {format(statistics.stdev(numbers), form.lstrip('+'))}" if len(set(numbers)) > 1 else mean
+
+
+def means(records: Records) -> dict[str, tuple[float, float]]:
+    """Return for each method that was measured its trained parameters and its mean test perplexity."""
+    found = {name: [records[run.key] for run in done(finals(name, records), records)] for name in METHODS}
+    return {
+        name: tuple(
+            statistics.mean(COLUMNS[key][0](record) for record in runs)
+            for key in ("trained parameters", "test perplexity")
+        )
+        for name, runs in found.items()
+        if runs
+    }
 
 
 def render(records: Records, conditions: dict) -> str:

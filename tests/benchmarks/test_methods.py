@@ -8,7 +8,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from benchmarks import methods, workspace
+from benchmarks import methods, methods_figure, workspace
 from benchmarks.methods import RATES, SEEDS, Run
 
 
@@ -85,6 +85,17 @@ def test_a_best_rate_at_the_edge_of_a_sweep_is_marked():
         assert ("(at the edge)" in text) == marked
 
 
+def test_the_figure_shows_methods_of_the_study_and_a_point_each(tmp_path):
+    names = {name for family in methods_figure.FAMILIES.values() for name in family}
+    assert names <= set(methods.METHODS)
+    sizes = set()
+    for count in range(1, 4):
+        points = {name: (1e6 * 2**number, 10 + number) for number, name in enumerate(sorted(names)[:count])}
+        methods_figure.draw_methods(points, tmp_path / "figure.png")
+        sizes.add((tmp_path / "figure.png").read_bytes())
+    assert len(sizes) == 3
+
+
 @pytest.fixture
 def pretended(monkeypatch, tmp_path):
     """The options of a study whose stages only write metrics: the best learning rate is 5e-4, and DoRA fails."""
@@ -121,6 +132,7 @@ def test_seeds_run_at_the_best_rate_and_no_run_is_made_twice(pretended, tmp_path
     assert sorted(name for name, _ in ran[len(sweep) :]) == ["lora-lr-0.0005-seed-1", "lora-lr-0.0005-seed-2"]
     assert {epochs for _, epochs in ran} == {7}
     assert len((tmp_path / "out/runs.jsonl").read_text().splitlines()) == len(ran)
+    assert (tmp_path / "out/methods.png").read_bytes().startswith(b"\x89PNG")
     text = (tmp_path / "out/methods.md").read_text()
     assert "| lora | 0.0005 | 0, 1, 2 | 4.0000 ± 1.0000 |" in text
     assert "- dora-lr-0.0005-seed-0: `train: Error: no such thing`" in text
