@@ -1,28 +1,25 @@
-"""Tables with a column of texts, read by `datasets` in pieces: JSON, CSV, TSV, Parquet, folders of save_to_disk."""
+"""Tables with a column of texts, read row by row: JSON, CSV, TSV, Parquet, folders of save_to_disk.
 
-import glob
+Only the column is read, and only as text: what other columns hold, and what a text looks like, changes nothing.
+"""
+
+import csv
+import itertools
+import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpt2lora.corpus.text_files import COMPRESSED, require_zstandard
+from gpt2lora.corpus.text_files import COMPRESSED, read_lines
 from gpt2lora.pipeline.cli import StageError
 from gpt2lora.sources.hub import ENVIRONMENT
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-# By suffix: the builder of `datasets`.
-BUILDERS = {
-    ".json": "json",
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".parquet": "parquet",
-}
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 SAVED = ("dataset_dict.json", "state.json")  # files of folders that save_to_disk wrote: of splits, of one dataset
 BATCH_ROWS = 1000
 
@@ -32,39 +29,86 @@ def table_suffix(path: Path) -> str | None:
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()
-    return suffixes[-1] if suffixes and suffixes[-1] in BUILDERS else None
+    return suffixes[-1] if suffixes and suffixes[-1] in SUFFIXES else None
 
 
 def read_tables(files: list[Path], column: str) -> Iterator[str | None]:
     """Yield the column of each row of some tables of one kind."""
+    readers = {".csv": read_csv, ".tsv": read_csv, ".parquet": read_parquet}
     for path in files:
-        if path.suffix.lower() == ".zst":
-            require_zstandard(path)
         if path.suffix.lower() in COMPRESSED and table_suffix(path) == ".parquet":
             raise StageError(f"{path}: Parquet is compressed inside: expected the file without {path.suffix}")
         if path.stat().st_size == 0:
             raise StageError(f"{path}: is empty: expected rows with a column {column!r}")
-    suffix = table_suffix(files[0])
-    # pandas would read the words NA, null and None as missing, and numbers as numbers.
-    options = {
-        "json": {"on_mixed_types": None, "parse_agent_traces": False},
-        "csv": {"sep": "\t" if suffix == ".tsv" else ",", "converters": {column: str}, "na_filter": False},
-        "parquet": {"batch_size": BATCH_ROWS},
-    }[BUILDERS[suffix]]
-    name = str(files[0]) if len(files) == 1 else f"{files[0].parent}/{files[0].name} and others"
+        yield from readers.get(table_suffix(path), read_json_rows)(path, column)
+
+
+def read_csv(path: Path, column: str) -> Iterator[str]:
+    """Yield the column of each row of a CSV or TSV file, as the text that it is: NA, null and 1 are texts.
+
+    Readers that guess, such as pandas, take a row with more fields than the header for one with an index.
+    """
+    csv.field_size_limit(2**31 - 1)
+    rows = csv.reader(read_lines(path), delimiter="\t" if table_suffix(path) == ".tsv" else ",", strict=True)
     try:
-        datasets = import_datasets()
-        paths = [glob.escape(os.path.abspath(path)) for path in files]
-        table = datasets.load_dataset(BUILDERS[suffix], data_files=paths, split="train", streaming=True, **options)
-        yield from read_column(table, column, name)
+        header = next(rows, [])
+        check_column(column, header, path)
+        index = header.index(column)
+        for row in rows:
+            if row and len(row) != len(header):
+                raise csv.Error(f"expected {len(header)} fields, as the header has, not {len(row)}")
+            if row:
+                yield row[index]
+    except csv.Error as error:
+        kind = table_suffix(path)[1:].upper()
+        raise StageError(f"{path}: not readable as {kind}: line {rows.line_num:,}: {error}") from error
+
+
+def read_json_rows(path: Path, column: str) -> Iterator[str | None]:
+    """Yield the column of each row of a JSON file: an object a line, or an array of objects."""
+    names: dict[str, None] = {}  # of the columns so far
+    for place, row in parse_rows(path):
+        if not isinstance(row, dict):
+            raise StageError(f"{path}: {place}: expected an object with a key {column!r}, not {type(row).__name__}")
+        if column not in names:
+            names |= dict.fromkeys(row)
+        yield check_text(row.get(column), f"{path}: {place}", column)
+    check_column(column, list(names), path)
+
+
+def parse_rows(path: Path) -> Iterator[tuple[str, object]]:
+    """Yield where each row of a JSON file stands, and its value."""
+    lines = ((number, line) for number, line in enumerate(read_lines(path), start=1) if line.strip())
+    first = next(lines, (1, "null"))
+    if first[1].lstrip().startswith("["):
+        try:
+            array = json.loads(first[1] + "".join(line for _, line in lines))
+        except ValueError as error:
+            raise StageError(f"{path}: not readable as JSON: {error}") from error
+        yield from ((f"row {number:,}", row) for number, row in enumerate(array, start=1))
+        return
+    for number, line in itertools.chain([first], lines):
+        try:
+            yield f"line {number:,}", json.loads(line)
+        except ValueError as error:
+            raise StageError(f"{path}: not readable as JSON: line {number:,}: {error}") from error
+
+
+def read_parquet(path: Path, column: str) -> Iterator[str | None]:
+    """Yield the column of each row of a Parquet file."""
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(path) as table:
+            check_column(column, table.schema_arrow.names, path)
+            batches = table.iter_batches(BATCH_ROWS, columns=[column])
+            yield from check_texts((text for batch in batches for text in batch[column].to_pylist()), path, column)
     except StageError:
         raise
-    except Exception as error:  # pandas, pyarrow and datasets raise many types
+    except Exception as error:  # pyarrow raises many types
         if getattr(error, "errno", None):
             raise
-        reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
-        advice = "; convert the file to UTF-8" if isinstance(error, UnicodeDecodeError) else ""
-        raise StageError(f"{name}: not readable as {suffix[1:].upper()}: {reason[:300]}{advice}") from error
+        raise StageError(f"{path}: not readable as PARQUET: {' '.join(str(error).split())[:300]}") from error
 
 
 def read_saved(folder: Path) -> "dict[str, Dataset]":
@@ -82,19 +126,39 @@ def read_column(table: "Dataset | IterableDataset", column: str, name: str) -> I
     Args:
         name: of the table, for error messages.
     """
-    number = 0
-    for batch in table.with_format("arrow").iter(batch_size=BATCH_ROWS):
-        if column not in batch.column_names:
-            names = ", ".join(batch.column_names)
-            raise StageError(
-                f"{name}: no column {column!r}, only {names[:300]}: set text_column, beside dataset in params.yaml"
-            )
-        for text in batch[column].to_pylist():
-            number += 1
-            if text is not None and not isinstance(text, str):
-                kind = type(text).__name__
-                raise StageError(f"{name}: row {number:,}: expected a string in column {column!r}, not {kind}")
-            yield text
+
+    def texts() -> Iterator:
+        for batch in table.with_format("arrow").iter(batch_size=BATCH_ROWS):
+            check_column(column, batch.column_names, name)
+            yield from batch[column].to_pylist()
+
+    yield from check_texts(texts(), name, column)
+
+
+def check_column(column: str, names: list[str], table: Path | str) -> None:
+    """Refuse a table without the column."""
+    if column not in names:
+        known = ", ".join(names)[:300]
+        raise StageError(f"{table}: no column {column!r}, only {known}: set text_column, beside dataset in params.yaml")
+
+
+def check_texts(texts: Iterable, table: Path | str, column: str) -> Iterator[str | None]:
+    """Yield the texts of the rows; refuse values that are none."""
+    for number, text in enumerate(texts, start=1):
+        yield check_text(text, f"{table}: row {number:,}", column)
+
+
+def check_text(text: object, place: str, column: str) -> str | None:
+    """Return the text of a row, or None; refuse a value that is none, and half of a surrogate pair."""
+    if text is None:
+        return None
+    if not isinstance(text, str):
+        raise StageError(f"{place}: expected a string in column {column!r}, not {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise StageError(f"{place}: column {column!r} is not Unicode: {error.reason}") from error
+    return text
 
 
 def import_datasets():

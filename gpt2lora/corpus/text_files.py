@@ -3,6 +3,7 @@
 import codecs
 import gzip
 import importlib.util
+import io
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -41,46 +42,73 @@ def normalize_line_ends(text: str, counts: Counter) -> str:
     return text
 
 
+def read_lines(path: Path) -> Iterator[str]:
+    """Yield the lines of a UTF-8 file with their ends, LF, CRLF or CR; a byte order mark is left out."""
+    held = ""
+    for number, piece in enumerate(decode(path)):
+        text = held + (piece if number else piece.removeprefix(BYTE_ORDER_MARK))
+        end = 1 + max(text.rfind("\n"), text.rfind("\r", 0, -1))  # LF may follow a CR at the end
+        yield from io.StringIO(text[:end], newline="")
+        held = text[end:]
+    yield from io.StringIO(held, newline="")
+
+
 def decode(path: Path) -> Iterator[str]:
     """Yield the text of a UTF-8 file in pieces, line ends unchanged."""
     decoder, position = codecs.getincrementaldecoder("utf-8")(), 0
-    with open_decompressed(path) as file:
-        while True:
-            data = read(file, path)
-            start = position - len(decoder.getstate()[0])  # the decoder holds the beginning of a character back
-            try:
-                yield decoder.decode(data, final=not data)
-            except UnicodeDecodeError as error:
-                raise StageError(
-                    f"{path}: not UTF-8 at byte {start + error.start:,}: {error.reason}; convert the file to UTF-8"
-                ) from error
-            position += len(data)
-            if not data:
-                return
+    for data in read_bytes(path):
+        start = position - len(decoder.getstate()[0])  # the decoder holds the beginning of a character back
+        try:
+            text = decoder.decode(data, final=not data)
+        except UnicodeDecodeError as error:
+            raise StageError(
+                f"{path}: not UTF-8 at byte {start + error.start:,}: {error.reason}; convert the file to UTF-8"
+            ) from error
+        if "\0" in text:
+            raise StageError(f"{path}: holds NUL characters, as texts in UTF-16 do: convert the file to UTF-8")
+        yield text
+        position += len(data)
 
 
-def open_decompressed(path: Path) -> BinaryIO:
-    """Open a file, by its suffix one that is compressed."""
-    if path.suffix.lower() == ".gz":
-        return gzip.open(path)
-    if path.suffix.lower() == ".zst":
-        require_zstandard(path)
-        import zstandard
-
-        return zstandard.open(path)
-    return path.open("rb")
-
-
-def read(file: BinaryIO, path: Path) -> bytes:
-    """Return the next bytes of a file."""
+def read_bytes(path: Path) -> Iterator[bytes]:
+    """Yield the bytes of a file in pieces, decompressed by its suffix, and b"" at the end."""
+    opened = gzip.open if path.suffix.lower() == ".gz" else open
     try:
-        return file.read(PIECE_BYTES)
+        with opened(path, "rb") as file:
+            yield from decompress_zstandard(file, path) if path.suffix.lower() == ".zst" else read_pieces_of(file)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise StageError(f"{path}: damaged: {error}; compress the file again") from error
-    except Exception as error:
-        if type(error).__name__ == "ZstdError":
-            raise StageError(f"{path}: damaged: {error}; compress the file again") from error
-        raise
+        raise damaged(path, error) from error
+    yield b""
+
+
+def read_pieces_of(file: BinaryIO) -> Iterator[bytes]:
+    """Yield the bytes of an open file in pieces."""
+    while data := file.read(PIECE_BYTES):
+        yield data
+
+
+def decompress_zstandard(file: BinaryIO, path: Path) -> Iterator[bytes]:
+    """Yield the content of the frames of a .zst file. Its own reader takes any end for the file's."""
+    require_zstandard(path)
+    import zstandard
+
+    frame = None
+    while data := file.read(PIECE_BYTES // 16):
+        while data:
+            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            try:
+                yield frame.decompress(data)
+            except zstandard.ZstdError as error:
+                raise damaged(path, error) from error
+            data = frame.unused_data
+            if frame.eof:
+                frame = None
+    if frame:
+        raise damaged(path, "it ends within a frame")
+
+
+def damaged(path: Path, why: object) -> StageError:
+    return StageError(f"{path}: damaged: {why}; compress the file again")
 
 
 def require_zstandard(path: Path) -> None:

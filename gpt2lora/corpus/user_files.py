@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from gpt2lora.corpus.tables import BUILDERS, SAVED, read_column, read_saved, read_tables, table_suffix
+from gpt2lora.corpus.tables import SAVED, SUFFIXES, read_column, read_saved, read_tables, table_suffix
 from gpt2lora.corpus.text_files import COMPRESSED, normalize_line_ends, read_pieces, split_documents
 from gpt2lora.dataset.articles import mark_article_starts
 from gpt2lora.dataset.documents import DOCUMENTS, TEXT, write_documents
@@ -113,7 +113,7 @@ def find_files(folder: Path) -> dict[str, list[Path]]:
     names = ", ".join(sorted(path.name for path in folder.iterdir())) or "no files"
     raise StageError(
         f"{folder}: no train.txt among {names[:200]}: expected train.txt, validation.txt (or valid, dev) and test.txt, "
-        f"or tables of these names ({', '.join(BUILDERS)}); validation and test may be absent"
+        f"or tables of these names ({', '.join(SUFFIXES)}); validation and test may be absent"
     )
 
 
@@ -122,7 +122,7 @@ def split_of(path: Path) -> str | None:
     stem, *suffixes = path.name.lower().split(".")
     if suffixes and f".{suffixes[-1]}" in COMPRESSED:
         suffixes.pop()
-    known = len(suffixes) == 1 and f".{suffixes[0]}" in (TEXT, *BUILDERS)
+    known = len(suffixes) == 1 and f".{suffixes[0]}" in (TEXT, *SUFFIXES)
     shard = SHARD.fullmatch(stem)
     if not (known and shard and path.is_file()):
         return None

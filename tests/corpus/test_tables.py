@@ -85,22 +85,40 @@ def test_a_folder_of_save_to_disk_is_read(tmp_path, named):
     [
         ("a.jsonl", b'{"content": "a", "id": 1}', "no column 'text', only content, id: set text_column"),
         ("a.csv", b"1,hello\n2,you\n", "no column 'text', only 1, hello: set text_column"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": "b"\n', "not readable as JSONL: JSON parse error"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": 1}\n', "not readable as JSONL: .*from string to number"),
-        ("a.jsonl", b'{"text": ["a"]}', "row 1: expected a string in column 'text', not list"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "b"\n', "not readable as JSON: line 2: Expecting ','"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": 1}\n', "line 2: expected a string in column 'text', not int"),
+        ("a.jsonl", b'{"text": ["a"]}', "line 1: expected a string in column 'text', not list"),
         ("a.json", b'{"data": [{"text": "a"}]}', "no column 'text', only data"),
-        ("a.csv", b'text,id\na,1\nb,2,3\n', "not readable as CSV: .*Expected 2 fields in line 3, saw 3"),
-        ("a.csv", "text\nnaïve\n".encode("latin-1"), "not readable as CSV: 'utf-8'.*; convert the file to UTF-8"),
+        ("a.csv", b'text,id\na,1\nb,2,3\n', "not readable as CSV: line 3: expected 2 fields, as the header has, not 3"),
+        ("a.csv", "text\nnaïve\n".encode("latin-1"), "not UTF-8 at byte 7: .*; convert the file to UTF-8"),
         ("a.jsonl", b"", "is empty: expected rows with a column 'text'"),
         ("a.parquet", b"no table", "not readable as PARQUET: "),
         ("a.parquet.gz", b"x", "Parquet is compressed inside: expected the file without .gz"),
-        ("a.jsonl.gz", b"x", "not readable as JSONL: Not a gzipped file"),
+        ("a.jsonl.gz", b"x", "damaged: Not a gzipped file"),
+        ("a.csv", b"text\nHello, world\n", "not readable as CSV: line 2: expected 1 fields, as the header has, not 2"),
+        ("a.csv", b"text,id\na,1,\nb,2,\n", "not readable as CSV: line 2: expected 2 fields, as the header has, not 3"),
+        ("a.tsv", b'text\n"Hello\nyou\n"Hello\n', "not readable as TSV: line 4: .* expected after"),
+        ("a.csv", b'text\n"Hello\nyou\n', "not readable as CSV: line 3: unexpected end of data"),
+        ("a.jsonl", "text\n".encode("utf-16-le"), "holds NUL characters, as texts in UTF-16 do"),
+        ("a.jsonl", b'{"text": "\\ud83d"}', "line 1: column 'text' is not Unicode: surrogates not allowed"),
+        ("a.jsonl", b'["a"]\n["b"]', "not readable as JSON: Extra data"),
+        ("a.jsonl", b'"a"\n', "line 1: expected an object with a key 'text', not str"),
+        ("a.json", b"[1]", "row 1: expected an object with a key 'text', not int"),
     ],
 )  # fmt: skip
 def test_a_table_that_cannot_be_read_is_one_line(tmp_path, name, data, line):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(StageError, match=f"{name}: {line}"):
         list(read_tables([tmp_path / name], "text"))
+
+
+def test_other_columns_and_what_a_text_looks_like_change_nothing(tmp_path):
+    rows = [{"text": "2020-01-01", "meta": 1}, {"meta": "s", "text": None}, {"text": "1e5", "late": [{"x": 1}]}, {}]
+    lines = "\ufeff\r\n" + "".join(json.dumps(row) + "\r\n" for row in rows)
+    (tmp_path / "a.jsonl").write_text(lines, newline="")
+    assert list(read_tables([tmp_path / "a.jsonl"], "text")) == ["2020-01-01", None, "1e5", None]
+    (tmp_path / "a.csv").write_text("\ufefftext,id\r2020-01-01,1\r\r1e5,\r", newline="")
+    assert list(read_tables([tmp_path / "a.csv"], "text")) == ["2020-01-01", "1e5"]
 
 
 def test_a_damaged_folder_of_save_to_disk_is_named(tmp_path):

@@ -68,6 +68,27 @@ def test_a_damaged_compressed_text_is_named(tmp_path, data):
         read(tmp_path / "a.txt.gz")
 
 
+@pytest.mark.parametrize("frames", [1, 3])
+def test_zst_files_are_read_whole_or_refused(tmp_path, frames):
+    """zstandard's own reader ends without a word where a file was cut."""
+    zstandard = pytest.importorskip("zstandard")
+    text = "".join(f"line {number} of the river\n" for number in range(30_000))
+    whole = b"".join(zstandard.ZstdCompressor().compress(text.encode()) for _ in range(frames))
+    file = tmp_path / "a.txt.zst"
+    file.write_bytes(whole)
+    assert read(file)[0] == frames * text
+    for cut in (whole[:-3], whole[: len(whole) // 2], whole[:7], b"no frame at all"):
+        file.write_bytes(cut)
+        with pytest.raises(StageError, match=r"a.txt.zst: damaged: .*; compress the file again"):
+            read(file)
+
+
+def test_nul_characters_are_those_of_another_encoding(tmp_path):
+    (tmp_path / "a.txt").write_bytes("the river\n".encode("utf-16-le"))
+    with pytest.raises(StageError, match=r"a.txt: holds NUL characters, as texts in UTF-16 do: convert the file"):
+        read(tmp_path / "a.txt")
+
+
 def test_zst_without_its_package_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(text_files.importlib.util, "find_spec", lambda _: None)
     (tmp_path / "a.txt.zst").write_bytes(b"")
