@@ -38,7 +38,7 @@ test-peers: $(INSTALLED) ## compare with lm-evaluation-harness and transformers'
 
 test-web: $(INSTALLED) ## use the page of `gpt2lora play` in a headless Chromium: needs the package chromium
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[test,browser]'
-	$(BIN)/python -m pytest tests/web
+	$(BIN)/python -m pytest tests/inference
 
 verify: $(INSTALLED) ## check GPT-2's published perplexities on WikiText-2: needs the hub, and a GPU or patience
 	@$(BIN)/python tools/published_perplexity.py

@@ -7,22 +7,25 @@ out  data/base: config.json, tokenizer.json, *.safetensors; manifest.json with t
 
 import json
 import os
-import shutil
 import time
 from pathlib import Path
 
 import click
 
+from gpt2lora.base.model_files import (
+    check_added_tokens,
+    check_type,
+    check_vocabulary,
+    check_weights,
+    copy_model,
+    write_fast_tokenizer,
+)
 from gpt2lora.pipeline import environment, params
 from gpt2lora.pipeline.artifacts import MANIFEST, atomic_output, digests
-from gpt2lora.pipeline.cli import StageError, command, echo
+from gpt2lora.pipeline.cli import command, echo
 from gpt2lora.pipeline.context import check_floats, read_config
 from gpt2lora.pipeline.schemas import LoraParams, check_context, check_params
 from gpt2lora.sources import hub, local
-from gpt2lora.sources.hub import CONFIG_FILES
-
-SLOW_TOKENIZERS = (("vocab.json", "merges.txt"), ("tokenizer.model",))
-WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 
 
 @command
@@ -59,7 +62,8 @@ def main(out: Path) -> None:
         check_weights(folder, preset.model)
         write_fast_tokenizer(folder, preset.model)
         size = check_vocabulary(folder, preset.model)
-        check_code(folder, preset.model)
+        check_added_tokens(folder, preset.model)
+        check_type(folder, preset.model)
         (folder / MANIFEST).write_text(json.dumps({"source": origin, "files": digests(folder)}, indent=2) + "\n")
     environment.write_record(out, "base", started, preset=name, model=preset.model, revision=preset.model_revision)
     echo(f"base: {out} holds {preset.model}, {size:,} tokens in its vocabulary")
@@ -73,76 +77,6 @@ def check_layers(folder: Path) -> None:
         from gpt2lora.model import layers  # takes torch, and seconds
 
         layers.check_target_layers(folder, lora)
-
-
-def copy_model(source: Path, folder: Path) -> dict:
-    """Copy the needed files of a model unchanged: no pickles, code, other frameworks' weights. Return its license."""
-    weights = [path for pattern in WEIGHT_FILES for path in sorted(source.glob(pattern))]
-    if not any(path.suffix == ".safetensors" for path in weights):
-        pickles = sorted(path.name for path in source.iterdir() if path.suffix in hub.PICKLES)
-        refused = f" ({', '.join(pickles)}: pickled weights can run code, so they are refused)" if pickles else ""
-        raise StageError(f"{source}: no *.safetensors{refused}: save the model with save_pretrained of transformers")
-    others = [path for pattern in CONFIG_FILES for path in sorted(source.glob(pattern)) if path.is_file()]
-    for path in [*weights, *others]:
-        shutil.copyfile(path, folder / path.name)
-    return local.read_license(source)
-
-
-def check_weights(folder: Path, name: str) -> None:
-    """Refuse weights that are truncated, or only the pointer file of a clone without Git LFS."""
-    from safetensors import SafetensorError, safe_open
-
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, "numpy"):
-                pass
-        except SafetensorError as error:
-            raise StageError(f"{name}: {file.name} is damaged, or a pointer of Git LFS: {error}") from error
-
-
-def write_fast_tokenizer(folder: Path, name: str) -> None:
-    """Write tokenizer.json, which `tokenize` reads, if the model has its tokenizer only in another form."""
-    if (folder / "tokenizer.json").is_file():
-        return
-    if not any(all((folder / file).is_file() for file in files) for files in SLOW_TOKENIZERS):
-        # transformers would silently create an empty tokenizer
-        raise StageError(f"{name}: no tokenizer: expected tokenizer.json, or vocab.json and merges.txt")
-    from transformers import AutoTokenizer
-
-    try:
-        AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False).save_pretrained(folder)
-    except Exception as error:  # tokenizers raises plain Exception
-        raise StageError(f"{name}: the tokenizer's files are damaged: {error}") from error
-    if not (folder / "tokenizer.json").is_file():
-        raise StageError(f"{name}: the tokenizer has no fast form (tokenizer.json), which `tokenize` needs")
-
-
-def check_vocabulary(folder: Path, name: str) -> int:
-    """Return the size of the tokenizer's vocabulary; refuse a model whose embedding lacks a row for one of its ids."""
-    from tokenizers import Tokenizer
-
-    rows = read_config(folder, name)["vocab_size"]
-    try:
-        ids = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab(with_added_tokens=True).values()
-    except Exception as error:  # tokenizers raises plain Exception
-        raise StageError(f"{name}: tokenizer.json is damaged: {error}") from error
-    if max(ids, default=-1) >= rows:
-        raise StageError(f"{name}: the tokenizer has an id {max(ids):,}, the embedding only {rows:,} rows: not a pair")
-    return len(ids)
-
-
-def check_code(folder: Path, name: str) -> None:
-    """Refuse a model that needs its own code, which is never run. Types that transformers knows need none."""
-    config = read_config(folder, name)
-    if "auto_map" not in config:
-        return
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    kind = config.get("model_type")
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise StageError(
-            f"{name}: transformers has no language model {kind!r}, and code that comes with a model is never run"
-        )
 
 
 if __name__ == "__main__":

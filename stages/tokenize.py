@@ -16,7 +16,7 @@ from pathlib import Path
 import click
 
 from gpt2lora.dataset.documents import find_split, read_marked, read_texts, split_digests
-from gpt2lora.dataset.special_tokens import describe_special_tokens, watch_special_tokens
+from gpt2lora.dataset.special_tokens import describe_special_tokens, special_token, watch_special_tokens
 from gpt2lora.dataset.tokenizer import (
     PIECE_CHARACTERS,
     encode_articles,
@@ -48,6 +48,9 @@ def main(raw: Path, base: Path, out: Path) -> None:
     config = read_json(base / "config.json", "base", "vocab_size")
     tokenizer = load_tokenizer(base, tokenize.special_tokens)
     end, prefix = end_of_text_id(base, config, tokenizer), text_prefix(tokenizer)
+    if special_token(base, "eos_token") is None:
+        token = tokenizer.id_to_token(end)
+        echo(f"tokenize: the tokenizer has no eos_token: texts end with {token!r}, eos_token_id {end} of config.json")
     block_size = choose_block_size(tokenize.block_size, config, len(prefix))
     if block_size < (max_context(config) or 0) and tokenize.block_size is None:
         echo(f"tokenize: blocks of {block_size:,} of the model's {max_context(config):,} tokens: tokenize.block_size")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import click
 
-from gpt2lora.dataset.prompt import check_length, encode_prompt
 from gpt2lora.dataset.tokenizer import end_of_text_id, load_tokenizer
+from gpt2lora.inference.prompt import check_length, encode_prompt
 from gpt2lora.pipeline.artifacts import read_json, verify_folder
 from gpt2lora.pipeline.cli import command
 

@@ -36,8 +36,8 @@ def main(port: int | None) -> None:
     echo("play: loading the models")
     import torch
 
+    from gpt2lora.inference import page
     from gpt2lora.model import device, loading
-    from gpt2lora.web import page
 
     tuned = loading.load_tuned(BASE, ADAPTER, torch.float32)
     networks = {

@@ -5,8 +5,9 @@ are text, since only `tokenize` knows where a text ends. All other special token
 or the marks of a chat's turns.
 """
 
+import functools
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,13 +23,21 @@ CONTROL_ROLES = ("bos", "eos", "unk", "pad")
 
 @dataclass
 class Occurrences:
-    """How often special tokens occur in a text: as tokens, by id, and as letters, by their text."""
+    """How often special tokens occur in a text: as tokens, by id, and as letters, by their text; and what is lost."""
 
     tokens: dict[int, int]
     letters: dict[str, int]
+    unknown_id: int | None = None  # of the token that stands for what the tokenizer lacks
+    decode: Callable[[list[int]], str] | None = None  # None if a tokenizer keeps every character
+    unknown: int = 0  # tokens with unknown_id
+    changed: int = 0  # texts that their ids do not give back, white space aside
 
     def add(self, text: str, ids: list[int]) -> None:
         """Count those in a text and its ids."""
+        if self.unknown_id is not None:
+            self.unknown += ids.count(self.unknown_id)
+        if self.decode:
+            self.changed += "".join(self.decode(ids).split()) != "".join(text.split())
         if not self.tokens.keys().isdisjoint(ids):
             for id in ids:
                 if id in self.tokens:
@@ -75,15 +84,21 @@ def make_control_letters(tokenizer: "Tokenizer", control: set[str]) -> "Tokenize
 
 def watch_special_tokens(base: Path, tokenizer: "Tokenizer") -> Occurrences:
     """Return counts of zero for the special tokens of tokenizer.json. tokenizer: as `load_tokenizer` returns it."""
-    added = read_json(base / "tokenizer.json", "base").get("added_tokens") or []
+    settings = read_json(base / "tokenizer.json", "base")
+    added = settings.get("added_tokens") or []
     special = {token["content"]: token["id"] for token in added if token.get("special")}
     now = tokenizer.get_added_tokens_decoder()
     letters = [token for token, id in special.items() if tokenizer.encode_special_tokens and now[id].special]
-    return Occurrences({id: 0 for token, id in special.items() if token not in letters}, dict.fromkeys(letters, 0))
+    model = settings["model"]
+    unknown = tokenizer.token_to_id(model["unk_token"]) if model.get("unk_token") else model.get("unk_id")
+    lossless = not settings.get("normalizer") and (settings.get("decoder") or {}).get("type") == "ByteLevel"
+    decode = None if lossless else functools.partial(tokenizer.decode, skip_special_tokens=False)
+    tokens = {id: 0 for token, id in special.items() if token not in letters}
+    return Occurrences(tokens, dict.fromkeys(letters, 0), unknown, decode)
 
 
-def describe_special_tokens(found: Occurrences, tokenizer: "Tokenizer", split: str) -> dict[str, dict[str, int]]:
-    """Print which special tokens occur in a split, as tokens and as letters; return it for the manifest."""
+def describe_special_tokens(found: Occurrences, tokenizer: "Tokenizer", split: str) -> dict[str, dict[str, int] | int]:
+    """Print which special tokens occur in a split, as tokens and as letters, and what is lost; return it."""
     counts = {tokenizer.id_to_token(id): count for id, count in found.tokens.items() if count}
     letters = {token: count for token, count in found.letters.items() if count}
     if counts:
@@ -93,7 +108,19 @@ def describe_special_tokens(found: Occurrences, tokenizer: "Tokenizer", split: s
             f"tokenize: {split:10} encoded as letters: {list_counts(letters)}: if they separate documents, set "
             "prepare.document_separator; tokenize.special_tokens: true makes them tokens"
         )
+    beyond = "figures by byte and word compare with no other model"
+    if found.unknown:
+        token = tokenizer.id_to_token(found.unknown_id)
+        echo(
+            f"tokenize: warning: {split}: {found.unknown:,} tokens are {token}, for what the tokenizer lacks: {beyond}"
+        )
+    if found.changed:
+        echo(
+            f"tokenize: warning: {split}: the tokenizer changes or drops characters of {found.changed:,} texts: "
+            f"capitals, accents or what it lacks: {beyond}"
+        )
     named = {"special_tokens": counts, "control_tokens_as_letters": letters}
+    named |= {"unknown_tokens": found.unknown, "changed_texts": found.changed}
     return {name: values for name, values in named.items() if values}
 
 

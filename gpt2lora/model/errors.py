@@ -3,11 +3,14 @@
 import contextlib
 from collections.abc import Iterator
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from gpt2lora.pipeline.cli import StageError, out_of_memory_advice
 
-COMPUTATION_ERRORS = (ValueError, TypeError, AttributeError, LookupError, RuntimeError, AssertionError, ImportError)
+COMPUTATION_ERRORS = (
+    ValueError, TypeError, AttributeError, LookupError, RuntimeError, AssertionError, ImportError, ArithmeticError
+)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -17,7 +20,7 @@ def library_errors(what: str, advice: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError:  # told by `command`
         raise
-    except (*COMPUTATION_ERRORS, OSError, SafetensorError) as error:
+    except (*COMPUTATION_ERRORS, OSError, SafetensorError, StrictDataclassError) as error:
         if out_of_memory_advice(error):  # told by `command`
             raise
         raise StageError(f"{what} ({type(error).__name__}: {first_line(error)}); {advice}") from error

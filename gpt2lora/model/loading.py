@@ -160,4 +160,9 @@ def _load_model(folder: Path, config: PretrainedConfig, **quantized) -> PreTrain
         )
     if missing := sorted(info["missing_keys"]):
         raise StageError(f"{folder}: *.safetensors lack {len(missing)} of the model's weights, {missing[0]} first")
+    if unused := sorted(info["unexpected_keys"]):
+        raise StageError(
+            f"{folder}: *.safetensors hold {len(unused)} weights that config.json has no place for, {unused[0]} first: "
+            "not a pair; save the model again with save_pretrained"
+        )
     return model

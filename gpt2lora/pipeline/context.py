@@ -58,9 +58,24 @@ def choose_block_size(block_size: int | None, config: dict, prefix: int) -> int:
         raise params.invalid("tokenize.block_size", None, expected)
     if positions and block_size and block_size > positions:
         raise params.invalid("tokenize.block_size", block_size, f"at most {positions}, the model's n_positions")
-    context = block_size or min(positions, MAX_DEFAULT)
+    short = short_context(config)
+    if short and block_size and block_size > short:
+        why = "the model's original_max_position_embeddings: beyond it, the longest row of a batch changes all others"
+        raise params.invalid("tokenize.block_size", block_size, f"at most {short}, {why}")
+    context = block_size or min(positions, short or MAX_DEFAULT, MAX_DEFAULT)
     params.require(context >= prefix, "tokenize.block_size", context, f"at least {prefix}, the ids before each row")
     return context
+
+
+def short_context(config: dict) -> int | None:
+    """Return the tokens up to which a model with LongRoPE (arXiv:2402.13753) takes the same factors, None for others.
+
+    transformers takes the factors of a batch by its longest row.
+    """
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict) or "longrope" not in (rope.get("rope_type"), rope.get("type")):
+        return None
+    return rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
 
 
 def choose_stride(evaluate: "EvaluateParams", block_size: int) -> int:

@@ -59,9 +59,9 @@ def seed() -> int:
 def choice(key: str, variants: str) -> str:
     """Return the value of `key` ("preset" or "method"), which must be a key of the section `variants`."""
     name = value(key, str)
-    known = _lookup(variants)
-    if not isinstance(known, dict) or name not in known:
-        raise invalid(key, name, f"one of {', '.join(map(str, known or ()))}")
+    known = check_names(variants)
+    if name not in known:
+        raise invalid(key, name, f"one of {', '.join(map(str, known))}")
     return name
 
 

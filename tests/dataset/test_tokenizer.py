@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from local_preset import make_article
 from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers.models import BPE, WordLevel
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 from wikitext import GPT2_TOKENIZER, needs_tokenizer
 
@@ -47,6 +48,14 @@ def test_the_prefix_is_what_transformers_puts_before_a_text(tmp_path, tiny_model
     prefix = tokenizer.text_prefix(tokenizer.load_tokenizer(folder))
     assert encoded[: len(prefix) + len(plain)] == [*prefix, *plain]
     assert len(prefix) == (template or "$A").split().index("$A")
+
+
+def test_the_prefix_is_found_in_any_alphabet():
+    nucleotides = Tokenizer(BPE({"<bos>": 0, "A": 1, "C": 2, "G": 3, "T": 4}, []))
+    nucleotides.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    assert tokenizer.text_prefix(nucleotides) == [0]
+    nucleotides.post_processor = TemplateProcessing(single="$A <bos>", special_tokens=[("<bos>", 0)])
+    assert tokenizer.text_prefix(nucleotides) == []
 
 
 @needs_tokenizer

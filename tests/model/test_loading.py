@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from bad_input import update_json
 from bitsandbytes.nn import Linear4bit
 from small_models import (
     IDS,
@@ -20,6 +21,7 @@ from training_steps import LENGTHS, frozen_values, make_rows, step_gradients, tr
 from transformers import AutoModelForCausalLM, RwkvConfig, RwkvForCausalLM
 
 from gpt2lora.model import loading, lora
+from gpt2lora.pipeline.cli import StageError
 
 
 def training_logits(network: torch.nn.Module) -> torch.Tensor:
@@ -46,6 +48,16 @@ def test_batches_are_not_searched_for_padding(gpt2_folder, tmp_path, caplog):
     with caplog.at_level("WARNING", "transformers"):
         assert torch.equal(logits(load(tmp_path)), logits(load(gpt2_folder)))
     assert not caplog.records
+
+
+def test_weights_that_the_configuration_has_no_place_for_are_refused(gpt2_folder, tmp_path):
+    """transformers leaves them out: half of a model would be trained."""
+    whole = AutoModelForCausalLM.from_pretrained(gpt2_folder)
+    whole.save_pretrained(tmp_path)
+    update_json(tmp_path / "config.json", n_layer=whole.config.n_layer - 1)
+    name = rf"transformer.h.{whole.config.n_layer - 1}.attn.c_attn.weight first"
+    with pytest.raises(StageError, match=rf"hold 1[12] weights that config.json has no place for, {name}: not a pair"):
+        load(tmp_path)
 
 
 @on_every_base

@@ -15,7 +15,7 @@ from gpt2lora.dataset import tokenizer
 from gpt2lora.model.layers import load_on_meta
 from gpt2lora.model.loading import load_fp32
 from gpt2lora.pipeline.cli import StageError
-from gpt2lora.pipeline.context import check_floats, read_config
+from gpt2lora.pipeline.context import check_floats, choose_block_size, read_config
 from stages import base
 
 # Configuration and weights
@@ -81,6 +81,50 @@ def test_pickles_and_code_are_not_copied(stage_folder):
     assert {path.name for path in Path("data/base").iterdir()} == needed | {"manifest.json"}
 
 
+def test_a_missing_shard_is_named(stage_folder):
+    weights = {"transformer.wte.weight": "model.safetensors", "transformer.wpe.weight": "model-2.safetensors"}
+    (stage_folder / "model/model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+    line = "model: model-2.safetensors is missing, one of 2 files that model.safetensors.index.json names"
+    assert error_line(base.main) == line
+
+
+def test_an_adapter_beside_the_model_is_refused(stage_folder):
+    """transformers loads it with the model, of which only the weights would be copied."""
+    (stage_folder / "model/adapter_config.json").write_text("{}")
+    line = error_line(base.main)
+    assert line.startswith("model: holds an adapter beside the model (adapter_config.json)")
+    assert line.endswith("merge it into the model, or give the model alone and set lora.start_from to the adapter")
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"model_type": "t5"}, "transformers has no causal language model 't5', and code that comes with a model is"),
+        ({"is_encoder_decoder": True}, "gpt2 has an encoder and a decoder: expected a causal language model"),
+    ],
+)
+def test_a_model_of_another_kind_is_refused_before_anything_is_trained(stage_folder, values, line):
+    update_json(stage_folder / "model/config.json", **values)
+    assert error_line(base.main).startswith(f"model: {line}")
+
+
+@pytest.mark.parametrize(
+    "values", [{"n_head": "two"}, {"n_embd": 64.5}, {"n_head": 0}, {"eos_token_id": "0"}, {"n_layer": "x"}], ids=str
+)
+def test_a_value_that_transformers_refuses_is_one_line(stage_folder, values):
+    update_json(stage_folder / "model/config.json", **values)
+    with pytest.raises(StageError, match=r"^model: transformers itself cannot load this model \("):
+        load_on_meta(Path("model"))
+
+
+@pytest.mark.parametrize("name", ["added_tokens.json", "tokenizer_config.json"])
+def test_tokens_that_only_another_file_adds_are_refused(stage_folder, name):
+    content = {"River": 300} if name == "added_tokens.json" else {"added_tokens_decoder": {"300": {"content": "River"}}}
+    (stage_folder / "model" / name).write_text(json.dumps(content))
+    line = f"model: tokenizer.json lacks the token 'River', which {name} adds: save the tokenizer again"
+    assert error_line(base.main).startswith(line)
+
+
 # Parameters that do not fit the model
 
 
@@ -98,6 +142,17 @@ def test_a_parameter_that_does_not_fit_is_refused_before_copying(stage_folder, m
     tiny.set_param(stage_folder, "tokenize.block_size", None)
     tiny.set_param(stage_folder, key, value)
     assert error_line(base.main).startswith(f"params.yaml: {key}: expected {expected}")
+
+
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+def test_longrope_is_trained_within_its_short_context(stage_folder, key):
+    """Beyond it, transformers computes the short rows of a batch with the factors of its longest one."""
+    rope = {key: {"rope_type": "longrope"}, "original_max_position_embeddings": 16}
+    update_json(stage_folder / "model/config.json", **rope)
+    tiny.set_param(stage_folder, "tokenize.block_size", 17)
+    assert error_line(base.main).startswith("params.yaml: tokenize.block_size: expected at most 16, ")
+    config = read_config(stage_folder / "model", "model")
+    assert choose_block_size(None, config, 0) == choose_block_size(16, config, 0) == 16
 
 
 def test_the_sample_s_sizes_are_known_before_it_is_trained(stage_folder, monkeypatch):
@@ -130,7 +185,9 @@ def add_code(stage_folder, monkeypatch):
 def test_a_model_that_needs_its_own_code_is_refused(add_code):
     add_code("own")
     line = error_line(base.main)
-    assert line == "model: transformers has no language model 'own', and code that comes with a model is never run"
+    assert (
+        line == "model: transformers has no causal language model 'own', and code that comes with a model is never run"
+    )
     for load in (load_on_meta, load_fp32):
         with pytest.raises(StageError, match="code that comes with a model is never run"):
             load(Path("model"), *[Path("model")] * (load is load_fp32))

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
-from bad_input import error_line
+from bad_input import error_line, update_json
 from local_preset import write_params
 from tokenizers import AddedToken, Tokenizer
 from training_runs import run_stage
@@ -161,6 +161,56 @@ def test_what_padded_rows_cut_is_counted(folder, model):
     lengths = [len(encode(model, part)) + 1 for text in TEXTS for part in text.split("\n") if part]
     assert test["tokens"] == sum(lengths)
     assert test["cut_tokens"] == sum(max(0, length - 5) for length in lengths) > 0
+
+
+# What a tokenizer does not keep
+
+
+def change_tokenizer(model: Path, folder: Path, change) -> Path:
+    """Copy the model with a tokenizer changed by a function of its settings."""
+    shutil.copytree(model, folder)
+    settings = json.loads((folder / "tokenizer.json").read_text())
+    change(settings)
+    (folder / "tokenizer.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_words_that_a_tokenizer_lacks_are_counted(folder, model, tmp_path):
+    words = {"[UNK]": 0, "The": 1, "river": 2, "<|endoftext|>": 3}
+
+    def change(settings):
+        settings["model"] = {"type": "WordLevel", "vocab": words, "unk_token": "[UNK]"}
+        settings |= {"pre_tokenizer": {"type": "Whitespace"}, "decoder": None, "added_tokens": []}
+
+    run_stage(prepare.main, "--out", "raw")
+    changed = change_tokenizer(model, tmp_path / "words", change)
+    output = run_stage(tokenize.main, "--raw", "raw", "--base", changed, "--out", "tokens")
+    test = json.loads(Path("tokens/manifest.json").read_text())["splits"]["test"]
+    known = 2 * len(TEXTS)
+    assert test["unknown_tokens"] == test["tokens"] - known > 0
+    assert f"warning: test: {test['unknown_tokens']:,} tokens are [UNK], for what the tokenizer lacks" in output
+
+
+@pytest.mark.parametrize("normalizer", [None, {"type": "Lowercase"}])
+def test_characters_that_a_tokenizer_changes_are_reported(folder, model, tmp_path, normalizer):
+    run_stage(prepare.main, "--out", "raw")
+    changed = change_tokenizer(model, tmp_path / "lower", lambda settings: settings.update(normalizer=normalizer))
+    output = run_stage(tokenize.main, "--raw", "raw", "--base", changed, "--out", "tokens")
+    test = json.loads(Path("tokens/manifest.json").read_text())["splits"]["test"]
+    assert test.get("changed_texts") == (len(TEXTS) if normalizer else None)
+    line = f"warning: test: the tokenizer changes or drops characters of {len(TEXTS)} texts"
+    assert (line in output) == bool(normalizer)
+
+
+def test_an_end_of_text_that_the_tokenizer_does_not_name_is_said(folder, model, tmp_path):
+    run_stage(prepare.main, "--out", "raw")
+    changed = change_tokenizer(model, tmp_path / "no-eos", lambda settings: None)
+    (changed / "tokenizer_config.json").write_text("{}")
+    update_json(changed / "config.json", eos_token_id=5)
+    output = run_stage(tokenize.main, "--raw", "raw", "--base", changed, "--out", "tokens")
+    token = Tokenizer.from_file(str(changed / "tokenizer.json")).id_to_token(5)
+    line = f"the tokenizer has no eos_token: texts end with {token!r}, eos_token_id 5 of config.json"
+    assert line in output
 
 
 # Memory

@@ -20,8 +20,9 @@ MAY_IMPORT = {
     "scoring": {"distributed", "model", "dataset", "sources", "sample", "pipeline"},
     "training": {"distributed", "scoring", "model", "dataset", "sources", "sample", "pipeline"},
     "evaluation": {"scoring", "model", "dataset", "sources", "sample", "pipeline"},
-    "web": {"evaluation", "scoring", "dataset", "pipeline"},
-    "commands": {"web", "training", "evaluation", "scoring", "model", "dataset", "sources", "sample", "pipeline"},
+    "base": {"sources", "pipeline"},
+    "inference": {"evaluation", "scoring", "dataset", "pipeline"},
+    "commands": {"inference", "training", "evaluation", "scoring", "model", "dataset", "sources", "sample", "pipeline"},
 }
 
 

@@ -9,9 +9,7 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from gpt2lora.dataset.tokenizer import load_tokenizer
-from gpt2lora.model import loading
-from gpt2lora.pipeline.cli import StageError
-from gpt2lora.web.surprise import (
+from gpt2lora.inference.surprise import (
     MAX_CHARACTERS,
     Surprise,
     draw_surprise,
@@ -19,6 +17,8 @@ from gpt2lora.web.surprise import (
     split_pieces,
     token_color,
 )
+from gpt2lora.model import loading
+from gpt2lora.pipeline.cli import StageError
 
 CONTEXT = 64
 TEXT = 'the river reached the old town .\n\n🦆 & <b>"boats"</b> 日本'

@@ -8,10 +8,10 @@ import gradio
 import torch
 from tokenizers import Tokenizer
 
-from gpt2lora.dataset.prompt import check_length, encode_prompt
+from gpt2lora.inference.continuation import Sampling, continue_prompt
+from gpt2lora.inference.prompt import check_length, encode_prompt
+from gpt2lora.inference.surprise import draw_legend, draw_surprise, measure_surprise
 from gpt2lora.pipeline.cli import StageError, out_of_memory_advice
-from gpt2lora.web.continuation import Sampling, continue_prompt
-from gpt2lora.web.surprise import draw_legend, draw_surprise, measure_surprise
 
 READERS = 4  # people whose requests run at once; others wait in line
 CSS = """

@@ -11,11 +11,11 @@ from click.testing import CliRunner
 from transformers import GPT2LMHeadModel
 
 from gpt2lora.commands import generate
-from gpt2lora.dataset.prompt import encode_prompt
 from gpt2lora.dataset.tokenizer import load_tokenizer
+from gpt2lora.inference.continuation import Sampling, continue_prompt
+from gpt2lora.inference.prompt import encode_prompt
 from gpt2lora.model import loading
 from gpt2lora.pipeline.cli import StageError
-from gpt2lora.web.continuation import Sampling, continue_prompt
 
 PROMPT, NEW = "the river reached", 30
 

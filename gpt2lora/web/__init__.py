@@ -1,1 +1,0 @@
-"""The page of `gpt2lora play`: base and tuned model side by side."""
