@@ -44,8 +44,9 @@ def main(out: Path) -> None:
     for name, content in (("paths.json", paths), ("adapter.json", adapter)):
         with atomic_output(out / name) as file:
             file.write_text(json.dumps(content, indent=2) + "\n")
-    linked = paths | (adapter if start else {})
-    echo("sources: " + ", ".join(f"{kind} {path or 'not on this disk'}" for kind, path in linked.items()))
+    given = {"model": preset.model, "dataset": preset.dataset}
+    shown = {kind: path or place_of(given[kind]) for kind, path in paths.items()} | (adapter if start else {})
+    echo("sources: " + ", ".join(f"{kind} {path}" for kind, path in shown.items()))
 
 
 def find_source(key: str, source: str | None, revision: str | None) -> str | None:
@@ -56,6 +57,11 @@ def find_source(key: str, source: str | None, revision: str | None) -> str | Non
         return os.path.abspath(path)
     hub.check_revision(key.rpartition(".")[2], source, revision)
     return None
+
+
+def place_of(source: str | None) -> str:
+    """Return in words where a model or a dataset is that is not on this disk."""
+    return "embedded" if source == local.SAMPLE else "on the hub"
 
 
 def write_link(link: Path, path: str | None) -> None:

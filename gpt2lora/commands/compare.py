@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,7 +48,7 @@ class Experiment:
 @click.option("--out", type=Path, default="dvc_plots/compare.png", show_default=True, help="File of the picture.")
 def main(names: tuple[str, ...], all_commits: bool, out: Path) -> None:
     """Compare experiments of `dvc exp run`; without names, all of the last commit."""
-    echo("compare: asking dvc exp show")
+    echo("compare: asking dvc exp show" + ", which takes a minute for all commits of a long history" * all_commits)
     options = ("--all-commits",) if all_commits else ()
     revisions = find_revisions(names) if names else experiments_by_name(dvc_exp_show(*options))
     experiments = []
@@ -106,9 +107,23 @@ def find_revisions(names: tuple[str, ...]) -> dict[str, dict]:
                 known[name] = commit
         if known.keys() >= set(names):
             return {name: known[name] for name in names}
-    unknown = next(name for name in names if name not in known)
-    others = ", ".join(experiments_by_name(commits)) or "none yet"
-    raise StageError(f"compare: no experiment {unknown}: expected one of `dvc exp list --all-commits`: {others}")
+        if not options:
+            check_names([name for name in names if name not in known])
+    raise unknown_name(next(name for name in names if name not in known), experiments_by_name(commits))
+
+
+def check_names(names: list[str]) -> None:
+    """Refuse a name that neither DVC nor git knows. `dvc exp show` of all commits takes a minute."""
+    command = [sys.executable, "-m", "dvc", "exp", "list", "--all-commits", "--name-only"]
+    listed = subprocess.run(command, capture_output=True, encoding="utf-8").stdout.split()
+    for name in names:
+        if name not in listed and not git_commit(name):
+            raise unknown_name(name, listed)
+
+
+def unknown_name(name: str, known: Iterable[str]) -> StageError:
+    others = ", ".join(known) or "none yet"
+    return StageError(f"compare: no experiment {name}: expected one of `dvc exp list --all-commits`: {others}")
 
 
 def git_commit(name: str) -> str | None:
@@ -231,7 +246,11 @@ def draw_comparison(experiments: list[Experiment], file: Path) -> None:
             axes.xaxis.get_major_locator().set_params(nbins=5)  # so that long labels do not touch
         bases = sorted({each.base for each in experiments})
         if bases[-1] < 1.01 * bases[0]:  # one base, up to the rounding of different precisions
-            axes.axvline(bases[0], color=plots.BASE_COLOR, linestyle="--", label=f"base: {bases[0]:,.2f}")
+            low, high = axes.get_xlim()
+            # Beside the scale, the base has a place in the legend alone, without a line.
+            style = "--" if low <= bases[0] <= high else ""
+            axes.axvline(bases[0], color=plots.BASE_COLOR, linestyle=style, label=f"base: {bases[0]:,.2f}")
+            axes.set_xlim(low, high)
         axes.xaxis.set_major_formatter("{x:,g}")
         axes.set_yticks(rows, [shorten(each.name) for each in experiments])
         axes.set_ylim(len(experiments) - 0.5, -0.5)

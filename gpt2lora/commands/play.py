@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 
 from gpt2lora.dataset.tokenizer import end_of_text_id, load_tokenizer, text_prefix
-from gpt2lora.pipeline.artifacts import read_json, verify_folder
+from gpt2lora.pipeline.artifacts import check_adapter, read_json, verify_folder
 from gpt2lora.pipeline.cli import StageError, command, echo
 from gpt2lora.pipeline.context import MAX_DEFAULT, max_context
 
@@ -30,7 +30,8 @@ def main(port: int | None) -> None:
     check_port(port)
     verify_folder(BASE, "base")
     config = read_json(BASE / "config.json", "base", "vocab_size")
-    tokenizer = load_tokenizer(BASE)
+    check_adapter(ADAPTER)
+    tokenizer = load_tokenizer(BASE, special_tokens=True)  # unlike in a corpus, <|endoftext|> stands for the token
     end, context = end_of_text_id(BASE, config, tokenizer), min(max_context(config) or MAX_DEFAULT, MAX_DEFAULT)
     stay_on_this_machine()
     echo("play: loading the models")
@@ -49,6 +50,7 @@ def main(port: int | None) -> None:
     echo(f"play: open {url} on this machine ({device.device_name(device.pick_device())}); Ctrl-C ends it")
     wait_for_interrupt()
     echo("play: ended")
+    os._exit(0)  # Python's own end aborts if a thread still computes
 
 
 def check_port(port: int | None) -> None:

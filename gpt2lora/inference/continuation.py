@@ -17,13 +17,14 @@ from transformers import (
 )
 
 from gpt2lora.evaluation.generation import generate
+from gpt2lora.inference.prompt import DEFAULT_NEW
 
 
 @dataclass
 class Sampling:
     """How the next token is chosen: the options of `gpt2lora generate`."""
 
-    max_new_tokens: int = 100
+    max_new_tokens: int = DEFAULT_NEW
     temperature: float = 1.0
     top_k: int = 50  # 0: all tokens
     top_p: float = 1.0

@@ -9,10 +9,13 @@ import torch
 from tokenizers import Tokenizer
 
 from gpt2lora.inference.continuation import Sampling, continue_prompt
-from gpt2lora.inference.prompt import check_length, encode_prompt
+from gpt2lora.inference.prompt import count_room, encode_prompt
 from gpt2lora.inference.surprise import draw_legend, draw_surprise, measure_surprise
 from gpt2lora.pipeline.cli import StageError, out_of_memory_advice
+from gpt2lora.pipeline.context import max_context
 
+MAX_NEW = 4096  # new tokens of a model whose config names no longest context
+SEEDS = 2**32  # more are alike on a CPU
 READERS = 4  # people whose requests run at once; others wait in line
 CSS = """
 .surprise {white-space: pre-wrap; overflow-wrap: anywhere; background: white; color: black; padding: 0.5em;
@@ -86,14 +89,14 @@ def add_continue(models: Models) -> None:
             gradio.Textbox(label=name, lines=10, max_lines=20, interactive=False, elem_id=f"text-{number}")
             for number, name in enumerate(models.networks)
         ]
-    options = add_options(models.context)
+    options = add_options(models.config)
 
     def run(text: str, *values) -> Iterator[list[str]]:
+        yield [""] * len(outputs)
         with shown_errors():
             sampling = read_sampling(*values)
             ids = encode_prompt(models.tokenizer, text or "", models.end)
-            check_length(len(ids), sampling.max_new_tokens, models.config)
-            yield [""] * len(outputs)
+            sampling.max_new_tokens = min(sampling.max_new_tokens, count_room(len(ids), models.config))
             for texts in continue_prompt(models.networks, models.tokenizer, ids, models.end, sampling):
                 yield list(texts.values())
 
@@ -109,12 +112,12 @@ def add_continue(models: Models) -> None:
     stop.click(None, cancels=[running], api_visibility="private")
 
 
-def add_options(context: int) -> list[gradio.components.Component]:
+def add_options(config: dict) -> list[gradio.components.Component]:
     """Add the options of sampling, in the order of the fields of `Sampling`; return them."""
-    default, most = Sampling(), context - 1
+    default, most = Sampling(), max_context(config) or MAX_NEW
     with gradio.Row():
         upper = [
-            gradio.Slider(1, most, min(most, default.max_new_tokens), step=1, label="New tokens, at most"),
+            gradio.Slider(1, most - 1, min(most - 1, default.max_new_tokens), step=1, label="New tokens, at most"),
             gradio.Slider(0.01, 2, default.temperature, step=0.01, label="Temperature"),
             gradio.Slider(0, 1000, default.top_k, step=1, label="Top k (0: all)"),
         ]
@@ -123,7 +126,7 @@ def add_options(context: int) -> list[gradio.components.Component]:
             gradio.Slider(0.01, 1, default.top_p, step=0.01, label="Top p"),
             gradio.Slider(1, 3, default.repetition_penalty, step=0.05, label="Repetition penalty"),
             gradio.Checkbox(default.greedy, label="Greedy: always the likeliest token", container=True),
-            gradio.Number(default.seed, precision=0, minimum=0, maximum=2**53, label="Seed, the same for both models"),
+            gradio.Number(default.seed, precision=0, label="Seed, the same for both models"),
         ]
     return upper + lower
 
@@ -151,6 +154,8 @@ def read_sampling(*values: float | None) -> Sampling:
     if None in values:
         raise StageError("an option is empty: give a number")
     new, temperature, top_k, top_p, penalty, greedy, seed = values
+    if not 0 <= seed < SEEDS:
+        raise StageError(f"Seed: expected an integer from 0 to {SEEDS - 1:,}, not {seed:,}")
     return Sampling(int(new), float(temperature), int(top_k), float(top_p), float(penalty), greedy, int(seed))
 
 

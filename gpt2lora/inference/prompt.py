@@ -10,27 +10,37 @@ from gpt2lora.pipeline.context import max_context
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+DEFAULT_NEW = 100  # tokens
+
 
 def encode_prompt(tokenizer: "Tokenizer", prompt: str, end: int) -> list[int]:
     """Return the ids that a model reads for a prompt: what its tokenizer puts before a text, and the prompt's.
 
-    Unlike in a corpus, the characters <|endoftext|> stand for the token. An empty prompt of a tokenizer that puts
-    nothing before a text is the id `end`: in training, a text follows the end of another.
+    An empty prompt of a tokenizer that puts nothing before a text is the id `end`: in training, a text follows the end
+    of another.
     """
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
         raise StageError("the prompt is not UTF-8") from error
-    tokenizer.encode_special_tokens = False
     return text_prefix(tokenizer) + tokenizer.encode(prompt, add_special_tokens=False).ids or [end]
 
 
-def check_length(prompt: int, new: int, config: dict) -> None:
-    """Refuse a prompt that together with the new tokens is longer than the model's context."""
+def count_room(prompt: int, config: dict) -> int | float:
+    """Return how many new tokens the model has positions for after a prompt; refuse a prompt that leaves none."""
     positions = max_context(config) or math.inf
-    if prompt + new > positions:
-        advice = f"at most {positions - prompt:,} new tokens" if prompt < positions else "shorten the prompt"
-        raise StageError(
-            f"{prompt:,} tokens of the prompt and {new:,} new ones are {prompt + new:,}, the model has {positions:,} "
-            f"positions: {advice}"
-        )
+    if prompt >= positions:
+        raise StageError(f"{prompt:,} tokens of the prompt, the model has {positions:,} positions: shorten the prompt")
+    return positions - prompt
+
+
+def choose_length(prompt: int, new: int | None, config: dict) -> int:
+    """Return how many tokens to generate after a prompt: `new`, or by default DEFAULT_NEW, if there is room for them.
+
+    Raises:
+        StageError: there is no room.
+    """
+    room = count_room(prompt, config)
+    if new and new > room:
+        raise StageError(f"{prompt:,} tokens of the prompt leave room for at most {room:,} new tokens, not {new:,}")
+    return new or min(DEFAULT_NEW, room)

@@ -153,11 +153,13 @@ def describe_loading(
     base: Path, source: dict, method: str, quantization: QuantizationParams | None, lora: LoraParams
 ) -> str:
     """Return Markdown with the code that loads the folder of the card, "." in it, and its tokenizer."""
+    # A base without a home is found from the repository's root alone: its adapter is loaded from there, too.
+    place = json.dumps("." if source.get("model") else str(base.parent / "adapter"))
     name, revision = json.dumps(source.get("model") or str(base)), source.get("revision")
     tokenizer = f"AutoTokenizer.from_pretrained({name}{f', revision={json.dumps(revision)}' * bool(revision)})"
     if method == "full":
         lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
-        lines.append('model = AutoModelForCausalLM.from_pretrained(".")')
+        lines.append(f"model = AutoModelForCausalLM.from_pretrained({place})")
     else:
         imported = "AutoTokenizer, BitsAndBytesConfig" if quantization else "AutoTokenizer"
         lines = ["from peft import AutoPeftModelForCausalLM", f"from transformers import {imported}", ""]
@@ -165,12 +167,15 @@ def describe_loading(
         if quantization:
             lines += ["# The base as it was in training.", f"quantized = {quantization_code(quantization)}"]
             option = ", quantization_config=quantized"
-        lines.append(f'model = AutoPeftModelForCausalLM.from_pretrained("."{option})')
+        lines.append(f"model = AutoPeftModelForCausalLM.from_pretrained({place}{option})")
     text = "\n".join(["```python", *lines, f"tokenizer = {tokenizer}", "```", ""])
     if lora.bits < 16 and method != "full":
         text = "First run `gpt2lora dequantize --out FOLDER`, and load that folder.\n\n" + text
     if not source.get("model"):
-        text += f"\nThis base exists only where the run was made: as `{base}`, seen from the repository's root.\n"
+        text += (
+            f"\nThis base exists only where the run was made: as `{base}`, seen from the repository's root, where this "
+            "code runs. `gpt2lora export` makes a model that loads anywhere.\n"
+        )
     elif not revision:
         text += "\nThe base is a folder of the machine that trained: write its path where it lies elsewhere.\n"
     return text

@@ -102,7 +102,7 @@ def test_the_report_tells_what_ran(evaluated, tiny_model):
         f"| base | {report.escape_markdown(str(tiny_model))} |",
         "| method | qlora, on a base of 4 bits (nf4, its scales quantized too) |",
         "| rank, alpha | 16, 32 |",
-        "| layers | all-linear |",
+        "| target modules | all-linear |",
         f"| trained | {record['trainable_parameters']:,} parameters, {record['trainable_percent']:.2g} % of all |",
         "| learning rate | 0.001 at most |",
         f"| epochs | 1: {record['steps']} steps of 8 rows |",

@@ -42,7 +42,7 @@ def models(project) -> dict[str, torch.nn.Module]:
 def texts_of(project, models, monkeypatch):
     """A function that returns an iterator over the continuations of a prompt."""
     monkeypatch.chdir(project)
-    tokenizer = load_tokenizer(Path("data/base"))
+    tokenizer = load_tokenizer(Path("data/base"), special_tokens=True)
     end = models["base"].config.eos_token_id
 
     def continued(prompt: str = PROMPT, **options):

@@ -212,6 +212,28 @@ def test_a_long_text_is_read_and_an_empty_one_refused(open_page):
     assert len(page.locator("#surprise-1 .surprise").text_content()) == 20_000
 
 
+def test_what_others_continue_does_not_change_what_is_read(open_page):
+    def perplexity() -> str:
+        page = open_page()
+        read(page, f"one{tiny.END}two")
+        return page.locator("#surprise-0 p").inner_text()
+
+    first = perplexity()
+    page = open_page()
+    start(page, "the river")
+    finished(page)
+    assert perplexity() == first
+
+
+def test_a_seed_out_of_range_is_refused_and_leaves_no_earlier_text(open_page):
+    page = open_page()
+    start(page, "the river")
+    finished(page)
+    start(page, "the river", Seed=-1)
+    page.get_by_text("Seed: expected an integer from 0 to 4,294,967,295, not -1").first.wait_for()
+    assert shown(page) == ["", ""]
+
+
 def test_the_page_asks_no_other_machine_for_anything(browser, url):
     context = browser.new_context()
     page = context.new_page()
@@ -234,6 +256,20 @@ def test_it_listens_on_this_machine_alone_whatever_the_environment_says(project)
         process.send_signal(signal.SIGINT)
         assert process.stdout.read().split() == ["play:", "ended"]
     assert process.returncode == 0
+
+
+def test_ctrl_c_while_models_compute_ends_it_at_once(project, browser):
+    with serving(project) as (process, lines):
+        context = browser.new_context()
+        page = context.new_page()
+        page.goto(re.search(r"http://127\.0\.0\.1:\d+/", lines[-1])[0])
+        page.get_by_role("button", name="Continue").wait_for()
+        start(page, "the river", new=POSITIONS // 2)
+        page.wait_for_function("document.querySelector('#text-0 textarea').value.length > 20")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 0
+        assert process.stdout.read().split() == ["play:", "ended"]
+        context.close()
 
 
 def listening_addresses(pid: int) -> set[str]:

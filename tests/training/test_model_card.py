@@ -116,6 +116,7 @@ def test_a_card_survives_a_strange_path_and_a_loss_beyond_all_perplexities(tmp_p
 def test_a_card_of_the_sample_says_that_its_base_is_here_alone(tmp_path):
     card = write_card(tmp_path, {"model": None, "revision": None}, {"dataset": "sample"})
     assert f"This base exists only where the run was made: as `{tmp_path}/base`" in card
+    assert f'AutoPeftModelForCausalLM.from_pretrained("{tmp_path}/adapter")' in card
 
 
 @pytest.mark.parametrize(
