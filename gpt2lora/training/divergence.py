@@ -38,6 +38,8 @@ def check_gradient_norms(norms: list[float], lowest: float, step: int) -> float:
 
 def divergence_error(what: str, value: float, step: int) -> StageError:
     """Return the error for a loss or norm that is not finite."""
+    if step == 0:
+        return StageError(f"train: the {what} is {value} before any step: the base's weights are damaged, or overflow")
     return StageError(
         f"train: the {what} is {value} at step {step}: lower train.learning_rate, raise train.warmup_fraction, "
         "or set train.precision to fp32"

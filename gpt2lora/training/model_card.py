@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt2lora.pipeline.adapter_files import ADAPTER_CONFIG
-from gpt2lora.pipeline.artifacts import read_source
+from gpt2lora.pipeline.artifacts import read_json, read_source
 from gpt2lora.pipeline.schemas import LoraParams, QuantizationParams, TrainParams
 
 if TYPE_CHECKING:
@@ -168,6 +168,8 @@ def describe_loading(
             lines += ["# The base as it was in training.", f"quantized = {quantization_code(quantization)}"]
             option = ", quantization_config=quantized"
         lines.append(f"model = AutoPeftModelForCausalLM.from_pretrained({place}{option})")
+        if read_json(base / "config.json", "base").get("rescale_every"):  # as load_base sets it
+            lines.append("model.config.rescale_every = 0  # else transformers halves weights, and not the adapter's")
     text = "\n".join(["```python", *lines, f"tokenizer = {tokenizer}", "```", ""])
     if lora.bits < 16 and method != "full":
         text = "First run `gpt2lora dequantize --out FOLDER`, and load that folder.\n\n" + text

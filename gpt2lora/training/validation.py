@@ -38,6 +38,7 @@ def first_state(
             loss = validation_loss(model, validation, options.batch_size, dtype, label, stop_check(checkpoints))
     except ScoringStopped:
         checkpoints.stop(0, steps, checkpoints.caught[0])
+    check_finite([loss], 0, "validation loss")
     state = TrainState(0, History([], loss, {"validation_loss": math.inf}, 0, 0.0), [], [], [])
     state.validation_seconds = time.perf_counter() - started
     progress.echo_validation(state.history, steps)

@@ -17,11 +17,25 @@ from stages import train
 # Losses
 
 
-def test_a_loss_that_is_not_finite_stops_with_its_step(tiny_model):
+def test_a_loss_that_is_not_finite_stops_with_its_step(tiny_model, monkeypatch):
+    network, train = new_adapter(tiny_model), make_rows(LENGTHS)
+    lr_at_step = loop.lr_at_step
+
+    def damage_and_lr(*arguments):
+        with torch.no_grad():
+            next(value for name, value in network.named_parameters() if "lora_A" in name).fill_(math.nan)
+        return lr_at_step(*arguments)
+
+    monkeypatch.setattr(loop, "lr_at_step", damage_and_lr)
+    with pytest.raises(StageError, match=r"the loss is nan at step 1: lower train.learning_rate"):
+        loop.fit(network, train, train, train_params(), seed=0)
+
+
+def test_a_base_without_a_finite_loss_is_refused_before_the_first_step(tiny_model):
     network, train = new_adapter(tiny_model), make_rows(LENGTHS)
     with torch.no_grad():
-        next(value for name, value in network.named_parameters() if "lora_A" in name).fill_(math.nan)
-    with pytest.raises(StageError, match=r"the loss is nan at step 1: lower train.learning_rate"):
+        network.get_input_embeddings().weight[0].fill_(math.nan)
+    with pytest.raises(StageError, match=r"the validation loss is nan before any step: the base's weights are damaged"):
         loop.fit(network, train, train, train_params(), seed=0)
 
 

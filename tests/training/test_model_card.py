@@ -39,8 +39,11 @@ def folder_from(path: Path, source: dict | None) -> Path:
     return path
 
 
-def write_card(folder: Path, base: dict | None, data: dict | None, method="lora", quantization=None, **lora) -> str:
+def write_card(
+    folder: Path, base: dict | None, data: dict | None, method="lora", quantization=None, config=None, **lora
+) -> str:
     folders = folder_from(folder / "base", base), folder_from(folder / "tokens", data)
+    (folder / "base/config.json").write_text(json.dumps(config or {}))
     arguments = method, quantization, tiny.low_rank(**lora), tiny.train_params(), RECORD
     model_card.write_card(folder, *folders, *arguments)
     return (folder / "README.md").read_text()
@@ -96,6 +99,14 @@ def test_a_card_of_a_hub_s_model_names_everything(tmp_path):
     assert "| method | rank 4, alpha 8, dropout 0, all-linear |" in card
     assert "| validation perplexity | 7.39 before training, 2.72 after |" in card
     assert f'AutoTokenizer.from_pretrained("tiny/gpt2", revision="{COMMIT}")' in card
+
+
+def test_a_card_says_what_transformers_does_to_rwkv_s_weights(tmp_path):
+    for rescale_every, expected in ((6, True), (0, False)):
+        folder = tmp_path / str(rescale_every)
+        folder.mkdir()
+        card = write_card(folder, HUB_BASE, HUB_DATA, config={"rescale_every": rescale_every})
+        assert ("model.config.rescale_every = 0" in card) == expected
 
 
 def test_a_card_of_a_folder_names_no_repository_of_the_hub(tmp_path):
