@@ -55,6 +55,11 @@ def load_base(folder: Path, quantization: QuantizationParams | None, dtype: torc
 
 def choose_attention(model: PreTrainedModel, folder: Path) -> None:
     """Choose how the model in `folder` computes attention, and refuse one that is not causal."""
+    if getattr(model.config, "attention_type", None) == "block_sparse":  # of BigBird and Pegasus
+        raise StageError(
+            f"{folder}: blocks of sparse attention see tokens that follow, and short texts are not: set "
+            "attention_type to original_full in config.json"
+        )
     for module in model.modules():
         # transformers looks for padding in each batch, which waits for the GPU, and advises a mask: none is needed.
         if hasattr(module, "warn_if_padding_and_no_attention_mask"):

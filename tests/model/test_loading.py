@@ -18,7 +18,7 @@ from small_models import (
 )
 from tiny import low_rank
 from training_steps import LENGTHS, frozen_values, make_rows, step_gradients, trained_values
-from transformers import AutoModelForCausalLM, RwkvConfig, RwkvForCausalLM
+from transformers import AutoModelForCausalLM, BigBirdConfig, BigBirdForCausalLM, RwkvConfig, RwkvForCausalLM
 
 from gpt2lora.model import loading, lora
 from gpt2lora.pipeline.cli import StageError
@@ -58,6 +58,17 @@ def test_weights_that_the_configuration_has_no_place_for_are_refused(gpt2_folder
     name = rf"transformer.h.{whole.config.n_layer - 1}.attn.c_attn.weight first"
     with pytest.raises(StageError, match=rf"hold 1[12] weights that config.json has no place for, {name}: not a pair"):
         load(tmp_path)
+
+
+def test_sparse_blocks_of_attention_that_see_ahead_are_refused(tmp_path):
+    """On a short text, BigBird switches them off for good: a probe of a few tokens would find it causal."""
+    size = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = BigBirdConfig(**size, intermediate_size=128, is_decoder=True, attention_type="block_sparse")
+    BigBirdForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(StageError, match=r"set attention_type to original_full in config.json"):
+        load(tmp_path)
+    update_json(tmp_path / "config.json", attention_type="original_full")
+    assert logits(load(tmp_path)).isfinite().all()
 
 
 @on_every_base
