@@ -79,7 +79,9 @@ def read_json_rows(path: Path, column: str) -> Iterator[str | None]:
 def parse_rows(path: Path) -> Iterator[tuple[str, object]]:
     """Yield where each row of a JSON file stands, and its value."""
     lines = ((number, line) for number, line in enumerate(read_lines(path), start=1) if line.strip())
-    first = next(lines, (1, "null"))
+    first = next(lines, None)
+    if first is None:
+        return
     if first[1].lstrip().startswith("["):
         try:
             array = json.loads(first[1] + "".join(line for _, line in lines))

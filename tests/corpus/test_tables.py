@@ -91,6 +91,7 @@ def test_a_folder_of_save_to_disk_is_read(tmp_path, named):
         ("a.json", b'{"data": [{"text": "a"}]}', "no column 'text', only data"),
         ("a.csv", b'text,id\na,1\nb,2,3\n', "not readable as CSV: line 3: expected 2 fields, as the header has, not 3"),
         ("a.csv", "text\nnaïve\n".encode("latin-1"), "not UTF-8 at byte 7: .*; convert the file to UTF-8"),
+        ("a.jsonl", b"\n \n", "no column 'text', only : set text_column"),
         ("a.jsonl", b"", "is empty: expected rows with a column 'text'"),
         ("a.parquet", b"no table", "not readable as PARQUET: "),
         ("a.parquet.gz", b"x", "Parquet is compressed inside: expected the file without .gz"),
