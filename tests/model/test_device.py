@@ -34,6 +34,7 @@ print(subprocess.run([sys.executable, "-c", sys.argv[1]], capture_output=True, t
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not device.STATUS.exists(), reason="Linux tells the peak memory of a process")
 def test_the_peak_memory_is_that_of_this_process_not_of_the_one_that_started_it():
     command = [sys.executable, "-c", PARENT, MEASURE]

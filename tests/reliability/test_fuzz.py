@@ -294,9 +294,9 @@ def normalized(text: bytes) -> str:
 
 
 def is_usable(text: bytes) -> bool:
-    """Tell whether a text is UTF-8 and holds more than white space."""
+    """Tell whether a text is UTF-8, without NUL characters, and holds more than white space."""
     try:
-        return bool(normalized(text).strip())
+        return bool(normalized(text).strip()) and b"\0" not in text
     except UnicodeDecodeError:
         return False
 

@@ -238,6 +238,7 @@ print((peak(8191) - first) / 6143)
 """
 
 
+@pytest.mark.slow
 def test_memory_hardly_grows_with_the_scored_tokens():
     """The measured growth was 167 kB a token where each chunk's small results lay between large logits."""
     done = subprocess.run([sys.executable, "-c", MEASURE_MEMORY], capture_output=True, text=True, check=True, cwd=ROOT)
