@@ -80,7 +80,7 @@ def harness_metrics(model: Path, pages: list[str], folder: Path) -> dict[str, fl
 
 def test_word_perplexity_and_bits_per_byte_are_the_harness_own(model, tmp_path, tiny_corpus):
     text = (tiny_corpus / "test.txt").read_text(encoding="utf-8")
-    manifest = {"end_of_text_id": 0, "prefix": [], "block_size": CONTEXT}
+    manifest = {"end_of_text_id": 0, "prefix": [], "block_size": CONTEXT, "special_tokens": False}
     task = protocols.build_task("lm-eval", CONTEXT, manifest, text, Path(), model)
     scores = score_windows(load_base(model, None, torch.float32), task.windows, None, torch.float32, "")
     ours = compute_metrics(scores, task)
