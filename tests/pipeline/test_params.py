@@ -206,6 +206,15 @@ def test_the_error_for_an_unknown_name_lists_the_known_names(folder, key, varian
     assert error.value.format_message() == f"params.yaml: {key}: expected one of {known}, not {name!r}"
 
 
+@pytest.mark.parametrize("value", [3, True, "abc", None, [1]])
+@pytest.mark.parametrize(("key", "variants"), [("preset", "presets"), ("method", "methods")])
+def test_variants_that_are_no_section_are_refused(folder, key, variants, value):
+    tiny.set_param(folder, variants, value)
+    with pytest.raises(StageError) as error:
+        params.choice(key, variants)
+    assert error.value.format_message() == f"params.yaml: {variants}: expected a section, not {value!r}"
+
+
 @pytest.mark.parametrize("value", ["x", 1.5, None, [1]])
 def test_a_seed_that_is_not_an_integer_is_refused(folder, value):
     tiny.set_param(folder, "seed", value)
