@@ -57,16 +57,16 @@ def main(out: Path) -> None:
             config = read_config(config_folder, preset.model)
             check_floats(config, preset.model)
             check_context(config)
+            check_type(config, preset.model)
             check_layers(config_folder)
             origin |= copy_model(source or hub.fetch_model(preset.model, preset.model_revision), folder)
         check_weights(folder, preset.model)
         write_fast_tokenizer(folder, preset.model)
-        size = check_vocabulary(folder, preset.model)
-        check_added_tokens(folder, preset.model)
-        check_type(folder, preset.model)
+        vocabulary = check_vocabulary(folder, preset.model)
+        check_added_tokens(folder, preset.model, vocabulary)
         (folder / MANIFEST).write_text(json.dumps({"source": origin, "files": digests(folder)}, indent=2) + "\n")
     environment.write_record(out, "base", started, preset=name, model=preset.model, revision=preset.model_revision)
-    echo(f"base: {out} holds {preset.model}, {size:,} tokens in its vocabulary")
+    echo(f"base: {out} holds {preset.model}, {len(vocabulary):,} tokens in its vocabulary")
 
 
 def check_layers(folder: Path) -> None:

@@ -31,6 +31,7 @@ from gpt2lora.evaluation.metrics import (
     write_positions,
 )
 from gpt2lora.pipeline import environment, params
+from gpt2lora.pipeline.adapter_files import METHOD_FILE
 from gpt2lora.pipeline.artifacts import MANIFEST, atomic_output, digests, file_digest, require_file, verify_digests
 from gpt2lora.pipeline.cli import StageError, command, echo
 from gpt2lora.pipeline.context import choose_stride
@@ -125,7 +126,7 @@ def evaluate(raw: Path, tokens: Path, base: Path, adapter: Path, loss: Path, out
         "trained_by": method,
         "base_bits": quantization and quantization.bits,
         "scored": report.describe_scoring(options.protocol, manifest, stride, prefix),
-        "adapter": file_digest(adapter / loading.METHOD_FILE),  # whose figures these are
+        "adapter": file_digest(adapter / METHOD_FILE),  # whose figures these are
         "precision": str(dtype).removeprefix("torch."),
         "processes": processes,
     }

@@ -64,38 +64,42 @@ def write_fast_tokenizer(folder: Path, name: str) -> None:
         raise StageError(f"{name}: the tokenizer has no fast form (tokenizer.json), which `tokenize` needs")
 
 
-def check_vocabulary(folder: Path, name: str) -> int:
-    """Return the size of the tokenizer's vocabulary; refuse a model whose embedding lacks a row for one of its ids."""
+def check_vocabulary(folder: Path, name: str) -> dict[str, int]:
+    """Return the tokenizer's vocabulary; refuse a model whose embedding lacks a row for one of its ids."""
     from tokenizers import Tokenizer
 
     rows = read_config(folder, name)["vocab_size"]
     try:
-        ids = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab(with_added_tokens=True).values()
+        vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab(with_added_tokens=True)
     except Exception as error:  # tokenizers raises plain Exception
         raise StageError(f"{name}: tokenizer.json is damaged: {error}") from error
-    if max(ids, default=-1) >= rows:
-        raise StageError(f"{name}: the tokenizer has an id {max(ids):,}, the embedding only {rows:,} rows: not a pair")
-    return len(ids)
+    if (highest := max(vocabulary.values(), default=-1)) >= rows:
+        raise StageError(f"{name}: the tokenizer has an id {highest:,}, the embedding only {rows:,} rows: not a pair")
+    return vocabulary
 
 
-def check_added_tokens(folder: Path, name: str) -> None:
-    """Refuse tokens that only another file than tokenizer.json adds: `tokenize` would take them for letters."""
-    from tokenizers import Tokenizer
+def check_added_tokens(folder: Path, name: str, vocabulary: dict[str, int]) -> None:
+    """Refuse tokens that only another file than tokenizer.json adds: `tokenize` would take them for letters.
 
-    known = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab(with_added_tokens=True)
+    Args:
+        vocabulary: of tokenizer.json.
+    """
     for file, tokens in read_added_tokens(folder).items():
-        if lacking := [token for token in tokens if token not in known]:
+        if lacking := [token for token in tokens if token not in vocabulary]:
             raise StageError(
                 f"{name}: tokenizer.json lacks the token {lacking[0]!r}, which {file} adds: save the tokenizer again, "
                 "with save_pretrained of AutoTokenizer"
             )
 
 
-def check_type(folder: Path, name: str) -> None:
-    """Refuse a model that is no causal language model, or one that needs its own code, which is never run."""
+def check_type(config: dict, name: str) -> None:
+    """Refuse a model that is no causal language model, or one that needs its own code, which is never run.
+
+    Args:
+        config: config.json.
+    """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # takes torch, and seconds
 
-    config = read_config(folder, name)
     kind = config.get("model_type")
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise StageError(

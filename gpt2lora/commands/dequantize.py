@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from gpt2lora.pipeline.adapter_files import verify_adapter
 from gpt2lora.pipeline.artifacts import atomic_output, require_file
 from gpt2lora.pipeline.cli import StageError, command, echo
 
@@ -23,14 +24,14 @@ def main(adapter: Path, out: Path) -> None:
         raise StageError(f"{out} exists: expected the name of a new folder")
     from safetensors.torch import save_file
 
-    from gpt2lora.model import fake_quant, loading, lora
+    from gpt2lora.model import fake_quant, lora
 
     if not (adapter / fake_quant.QUANTIZED_WEIGHTS).exists():
         raise StageError(
             f"{adapter} holds no {fake_quant.QUANTIZED_WEIGHTS}: it was not trained with lora.bits 8 or 4, and is a "
             "standard PEFT adapter already"
         )
-    loading.verify_adapter(adapter)
+    verify_adapter(adapter)
     tensors = fake_quant.load_quantized(adapter)
     with atomic_output(out) as folder:
         folder.mkdir()

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import click
 
-from gpt2lora.dataset.tokenizer import end_of_text_id, load_tokenizer
-from gpt2lora.inference.prompt import DEFAULT_NEW, choose_length, encode_prompt
-from gpt2lora.pipeline.artifacts import check_adapter, read_json, verify_folder
+from gpt2lora.inference.prompt import DEFAULT_NEW, SEEDS, choose_length, encode_prompt, read_base
+from gpt2lora.pipeline.adapter_files import verify_adapter
 from gpt2lora.pipeline.cli import command
 
 BASE, ADAPTER = Path("data/base"), Path("data/adapter")
@@ -60,17 +59,14 @@ def reject_nan(context: click.Context, option: click.Parameter, value: float) ->
     help="Above 1, tokens that occurred already become less likely.",
 )
 @click.option("--greedy", is_flag=True, help="Always take the likeliest token: no temperature, top-k, top-p or seed.")
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Same seed, same text.")
+@click.option("--seed", type=click.IntRange(0, SEEDS - 1), default=0, show_default=True, help="Same seed, same text.")
 def main(prompt: str, base: bool, max_new_tokens: int | None, greedy: bool, seed: int, **sampling: float) -> None:
     """Continue PROMPT with the tuned model. An empty PROMPT begins a new text."""
-    verify_folder(BASE, "base")
-    config = read_json(BASE / "config.json", "base", "vocab_size")
-    tokenizer = load_tokenizer(BASE, special_tokens=True)  # unlike in a corpus, <|endoftext|> stands for the token
-    end = end_of_text_id(BASE, config, tokenizer)
+    config, tokenizer, end = read_base(BASE)
     ids = encode_prompt(tokenizer, prompt, end)
     max_new_tokens = choose_length(len(ids), max_new_tokens, config)
     if not base:
-        check_adapter(ADAPTER)
+        verify_adapter(ADAPTER)
     import torch
     from transformers import TextStreamer
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import click
 
-from gpt2lora.dataset.tokenizer import end_of_text_id, load_tokenizer, text_prefix
-from gpt2lora.pipeline.artifacts import check_adapter, read_json, verify_folder
+from gpt2lora.dataset.tokenizer import text_prefix
+from gpt2lora.inference.prompt import read_base
+from gpt2lora.pipeline.adapter_files import verify_adapter
 from gpt2lora.pipeline.cli import StageError, command, echo
 from gpt2lora.pipeline.context import MAX_DEFAULT, max_context
 
@@ -28,11 +29,9 @@ def main(port: int | None) -> None:
     if importlib.util.find_spec("gradio") is None:
         raise StageError("play needs the package gradio: pip install -c constraints.txt -e '.[web]'")
     check_port(port)
-    verify_folder(BASE, "base")
-    config = read_json(BASE / "config.json", "base", "vocab_size")
-    check_adapter(ADAPTER)
-    tokenizer = load_tokenizer(BASE, special_tokens=True)  # unlike in a corpus, <|endoftext|> stands for the token
-    end, context = end_of_text_id(BASE, config, tokenizer), min(max_context(config) or MAX_DEFAULT, MAX_DEFAULT)
+    config, tokenizer, end = read_base(BASE)
+    verify_adapter(ADAPTER)
+    context = min(max_context(config) or MAX_DEFAULT, MAX_DEFAULT)
     stay_on_this_machine()
     echo("play: loading the models")
     import torch

@@ -1,6 +1,7 @@
 """Text files of a user, read in pieces: decompressed, decoded from UTF-8, with their line ends normalized."""
 
 import codecs
+import functools
 import gzip
 import importlib.util
 import io
@@ -75,16 +76,13 @@ def read_bytes(path: Path) -> Iterator[bytes]:
     opened = gzip.open if path.suffix.lower() == ".gz" else open
     try:
         with opened(path, "rb") as file:
-            yield from decompress_zstandard(file, path) if path.suffix.lower() == ".zst" else read_pieces_of(file)
+            if path.suffix.lower() == ".zst":
+                yield from decompress_zstandard(file, path)
+            else:
+                yield from iter(functools.partial(file.read, PIECE_BYTES), b"")
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise damaged(path, error) from error
     yield b""
-
-
-def read_pieces_of(file: BinaryIO) -> Iterator[bytes]:
-    """Yield the bytes of an open file in pieces."""
-    while data := file.read(PIECE_BYTES):
-        yield data
 
 
 def decompress_zstandard(file: BinaryIO, path: Path) -> Iterator[bytes]:

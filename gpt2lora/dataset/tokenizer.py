@@ -61,8 +61,10 @@ def text_prefix(tokenizer: "Tokenizer") -> list[int]:
     The post-processor of tokenizer.json is asked by encoding a text. transformers 5 does not read `add_bos_token` of
     tokenizer_config.json where there is a tokenizer.json.
     """
-    texts = itertools.chain(["a"], tokenizer.get_vocab(with_added_tokens=False))  # "a" may be no letter of the alphabet
-    text = next((text for text in texts if tokenizer.encode(text, add_special_tokens=False).ids), "")
+    text = "a"
+    if not tokenizer.encode(text, add_special_tokens=False).ids:  # no letter of this alphabet
+        tokens = tokenizer.get_vocab(with_added_tokens=False)
+        text = next((token for token in tokens if tokenizer.encode(token, add_special_tokens=False).ids), "")
     plain = tokenizer.encode(text, add_special_tokens=False).ids
     whole = tokenizer.encode(text, add_special_tokens=True).ids
     starts = [start for start in range(len(whole)) if whole[start : start + len(plain)] == plain]

@@ -9,13 +9,12 @@ import torch
 from tokenizers import Tokenizer
 
 from gpt2lora.inference.continuation import Sampling, continue_prompt
-from gpt2lora.inference.prompt import count_room, encode_prompt
+from gpt2lora.inference.prompt import SEEDS, count_room, encode_prompt
 from gpt2lora.inference.surprise import draw_legend, draw_surprise, measure_surprise
 from gpt2lora.pipeline.cli import StageError, out_of_memory_advice
 from gpt2lora.pipeline.context import max_context
 
 MAX_NEW = 4096  # new tokens of a model whose config names no longest context
-SEEDS = 2**32  # more are alike on a CPU
 READERS = 4  # people whose requests run at once; others wait in line
 CSS = """
 .surprise {white-space: pre-wrap; overflow-wrap: anywhere; background: white; color: black; padding: 0.5em;

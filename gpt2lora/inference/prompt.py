@@ -1,9 +1,11 @@
-"""A prompt as token ids, and whether the model has room for it and for what is to follow."""
+"""What `generate` and `play` read of the base; a prompt as token ids, and whether the model has room for it."""
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpt2lora.dataset.tokenizer import text_prefix
+from gpt2lora.dataset.tokenizer import end_of_text_id, load_tokenizer, text_prefix
+from gpt2lora.pipeline.artifacts import read_json, verify_folder
 from gpt2lora.pipeline.cli import StageError
 from gpt2lora.pipeline.context import max_context
 
@@ -11,6 +13,18 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 DEFAULT_NEW = 100  # tokens
+SEEDS = 2**32  # more are alike on a CPU
+
+
+def read_base(base: Path) -> "tuple[dict, Tokenizer, int]":
+    """Return config.json of data/base, its tokenizer, and the id that ends a text.
+
+    Unlike in a corpus, the characters <|endoftext|> stand for the token.
+    """
+    verify_folder(base, "base")
+    config = read_json(base / "config.json", "base", "vocab_size")
+    tokenizer = load_tokenizer(base, special_tokens=True)
+    return config, tokenizer, end_of_text_id(base, config, tokenizer)
 
 
 def encode_prompt(tokenizer: "Tokenizer", prompt: str, end: int) -> list[int]:

@@ -8,14 +8,15 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
+from gpt2lora.evaluation.passage import MARKS, WORSE
 from gpt2lora.pipeline.cli import StageError
 from gpt2lora.scoring.log_likelihood import score_windows
 from gpt2lora.scoring.windows import sliding_windows
 
 MAX_CHARACTERS = 50_000  # a page with more colours is slow
-COLOR = (239, 138, 98)  # RGB of the most surprising tokens; black text is readable on it
+COLOR = tuple(bytes.fromhex(WORSE.removeprefix("#")))  # RGB of the most surprising tokens
 MAX_NATS = 10.0  # nats from which a token has this colour
-LINE_BREAK = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}\n"
+LINE_BREAK = MARKS["\n"] + "\n"
 
 
 @dataclass

@@ -12,13 +12,12 @@ from gpt2lora.model import attention, device, lora, lora_init
 from gpt2lora.model.errors import library_errors
 from gpt2lora.model.layers import load_config, loading_errors
 from gpt2lora.model.quantization import bitsandbytes_config, check_4bit_width, prepare_8bit_layer
-from gpt2lora.pipeline.adapter_files import find_start
-from gpt2lora.pipeline.artifacts import digests, read_json, verify_digests
+from gpt2lora.pipeline.adapter_files import METHOD_FILE, find_start, read_method_file, verify_adapter
+from gpt2lora.pipeline.artifacts import digests, verify_digests
 from gpt2lora.pipeline.cli import StageError
 from gpt2lora.pipeline.schemas import LoraParams, QuantizationParams
 
 transformers_logging.disable_progress_bar()  # reading weights takes a second
-METHOD_FILE = "method.json"
 
 
 def load_base(folder: Path, quantization: QuantizationParams | None, dtype: torch.dtype) -> PreTrainedModel:
@@ -119,16 +118,9 @@ def verify_adapter_and_base(base: Path, adapter: Path) -> None:
     verify_digests(base, verify_adapter(adapter)["base"], adapter / METHOD_FILE, "base train")
 
 
-def verify_adapter(folder: Path) -> dict:
-    """Compare the adapter's files with the digests in method.json; return its content."""
-    record = _read_method_file(folder)
-    verify_digests(folder, record["files"], folder / METHOD_FILE, "train")
-    return record
-
-
 def read_method(folder: Path) -> tuple[str, QuantizationParams | None]:
     """Return from method.json the method, and how the base was quantized."""
-    record = _read_method_file(folder)
+    record = read_method_file(folder)
     return record["method"], QuantizationParams(**record["quantization"]) if record["quantization"] else None
 
 
@@ -138,10 +130,6 @@ def write_method(folder: Path, method: str, quantization: QuantizationParams | N
     files = {name: digest for name, digest in digests(folder).items() if name != METHOD_FILE}
     record |= {"files": files, "base": digests(base, "*.safetensors")}
     (folder / METHOD_FILE).write_text(json.dumps(record, indent=2) + "\n")
-
-
-def _read_method_file(folder: Path) -> dict:
-    return read_json(folder / METHOD_FILE, "train", "method", "quantization", "files", "base")
 
 
 def _load_model(folder: Path, config: PretrainedConfig, **quantized) -> PreTrainedModel:

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt2lora.pipeline import params
-from gpt2lora.pipeline.artifacts import file_digest
+from gpt2lora.pipeline.artifacts import file_digest, read_json, verify_digests
 from gpt2lora.pipeline.cli import StageError
 
 if TYPE_CHECKING:
     from gpt2lora.pipeline.schemas import LoraParams
 
+METHOD_FILE = "method.json"  # what `train` writes beside an adapter, or a model that was trained in full
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 QUANTIZED_WEIGHTS = "adapter_quantized.safetensors"  # replaces ADAPTER_WEIGHTS with lora.bits 8 or 4
 PREFIX = "base_model.model."  # of the names of tensors
@@ -24,6 +25,18 @@ IGNORED = (
     *("target_modules", "task_type"),
 )
 INITS_OF_THE_WHOLE_BASE = (None, True, False, "gaussian", "eva", "orthogonal")  # the others change the base as well
+
+
+def read_method_file(folder: Path) -> dict:
+    """Return the content of method.json."""
+    return read_json(folder / METHOD_FILE, "train", "method", "quantization", "files", "base")
+
+
+def verify_adapter(folder: Path) -> dict:
+    """Compare the adapter's files with the digests in method.json; return its content."""
+    record = read_method_file(folder)
+    verify_digests(folder, record["files"], folder / METHOD_FILE, "train")
+    return record
 
 
 def start_path(lora: "LoraParams") -> Path | None:

@@ -96,12 +96,6 @@ def verify_folder(folder: Path, stage: str) -> None:
         read_verified_manifest(folder, stage)
 
 
-def check_adapter(folder: Path) -> None:
-    """Refuse an adapter that is missing or damaged, before the libraries are loaded that read it."""
-    record = folder / "method.json"
-    verify_digests(folder, read_json(record, "train", "files")["files"], record, "train")
-
-
 def verify_digests(folder: Path, expected: dict[str, str], recorded_in: Path, stages: str) -> None:
     """Compare files in `folder` with the digests that the file `recorded_in` holds of them.
 
