@@ -5,7 +5,8 @@
 in   --base, a model; --corpus, a text; params.yaml for everything that METHODS does not set
 out  OUT/runs.jsonl: a record for each run; OUT/methods.md: the tables; OUT/methods.png: the figure
 
-base, prepare and tokenize run once. Started again, the study makes only the runs that are missing or failed.
+base, prepare and tokenize run once. The methods are measured one after another, several runs at a time. Started again,
+the study makes only the runs that are missing or failed.
 """
 
 import functools
@@ -15,7 +16,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -32,25 +33,33 @@ from gpt2lora.pipeline.cli import StageError, command, echo
 QLORA = {"method": "qlora", "methods.qlora.bits": 4, "methods.qlora.quant_type": "nf4"}
 METHODS: dict[str, dict[str, Any]] = {  # what differs from params.yaml; method is lora where nothing else is said
     "lora": {},
-    **{f"lora-r{r}": {"lora.r": r, "lora.alpha": 2 * r} for r in (8, 32, 64, 128)},
-    **{f"lora-r{r}-alpha32": {"lora.r": r, "lora.alpha": 32} for r in (8, 64, 128)},
     "full": {"method": "full"},
     "qlora-nf4": QLORA,
-    "qlora-fp4": QLORA | {"methods.qlora.quant_type": "fp4"},
-    "qlora-8bit": QLORA | {"methods.qlora.bits": 8, "methods.qlora.double_quant": False},
-    "qlora-loftq": QLORA | {"lora.init": "loftq"},
+    **{f"lora-r{r}": {"lora.r": r, "lora.alpha": 2 * r} for r in (8, 64, 128, 32)},
     "lora-dropout-0": {"lora.dropout": 0.0},
+    "qlora-8bit": QLORA | {"methods.qlora.bits": 8, "methods.qlora.double_quant": False},
     "lora-attention": {"lora.target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},  # of Gemma and Llama
-    "lora-batch-32": {"train.batch_size": 32},
     "rslora": {"lora.use_rslora": True},
     "dora": {"lora.use_dora": True},
     "lora-plus": {"train.lora_plus_ratio": 16.0},
+    **{f"lora-r{r}-alpha32": {"lora.r": r, "lora.alpha": 32} for r in (8, 64, 128)},
+    "lora-batch-32": {"train.batch_size": 32},
+    "full-batch-32": {"method": "full", "train.batch_size": 32},
     **{init: {"lora.init": init} for init in ("pissa", "olora", "orthogonal")},
+    "qlora-fp4": QLORA | {"methods.qlora.quant_type": "fp4"},
+    "qlora-loftq": QLORA | {"lora.init": "loftq"},
     "lora-bits-8": {"lora.bits": 8},
     "lora-bits-4": {"lora.bits": 4},
+    "lora-3-epochs": {"train.epochs": 3},
+    "full-3-epochs": {"method": "full", "train.epochs": 3},
 }
-RATES = (2e-4, 5e-4, 1e-3, 2e-3, 5e-3)
-LOW_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4)  # of `full`
+RATES = tuple(float(f"{digit}e{power}") for power in range(-6, -1) for digit in (1, 2, 5))
+# The five rates around this one are tried first. A wrong expectation costs runs, and changes no result.
+EXPECTED = dict.fromkeys(METHODS, 5e-4)
+EXPECTED |= dict.fromkeys(("rslora", "lora-plus", "pissa", "olora"), 2e-4)
+EXPECTED |= dict.fromkeys(("lora", "lora-batch-32", "lora-r64-alpha32", "lora-r128-alpha32"), 1e-3)
+EXPECTED |= dict.fromkeys((name for name in METHODS if name.startswith("qlora")), 1e-3)
+EXPECTED |= dict.fromkeys((name for name in METHODS if name.startswith("full")), 5e-5)
 SEEDS = (0, 1, 2)
 METRICS = ("train", "train_timings", "eval")  # the files of metrics/ that a record holds
 EXISTING = click.Path(exists=True, path_type=Path)
@@ -92,38 +101,56 @@ def main(
     for gpu in free:
         gpus.put(gpu)
     records = read_records(out / "runs.jsonl")
-    for phase in (sweep, finals):
-        runs = [run for name in names for run in phase(name, records)]
-        todo = sorted(set(runs) - set(done(runs, records)), key=lambda run: (run.seed, runs.index(run)))
-        echo(f"methods: {len(runs) - len(todo)} runs on record, {len(todo)} to make, {len(free)} at once")
-        work = functools.partial(make, out, shared, settings, conditions, deadline, gpus, len(free))
-        for number, record in enumerate(in_parallel(todo, len(free), work), start=1):
-            with (out / "runs.jsonl").open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(record) + "\n")
-            records[record["key"]] = record
-            result = record["error"] or f"test perplexity {record['eval']['tuned']['perplexity']:.3f}"
-            echo(f"methods: {number}/{len(todo)} {record['key']}: {result}, {record['seconds']:.0f} s")
-            with atomic_output(out / "methods.md") as file:
-                file.write_text(render(records, json.loads((shared / "conditions.json").read_text())), encoding="utf-8")
-    draw_methods(means(records), out / "methods.png")
+    echo(f"methods: {len(done(plan(names, records), records))} runs on record, {len(free)} at once")
+    work = functools.partial(make, out, shared, settings, conditions, gpus, len(free))
+    for record in in_parallel(names, records, len(free), deadline, work):
+        with (out / "runs.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(record) + "\n")
+        runs = plan(names, records)
+        count = f"{len(done(runs, records))} of at least {len(runs)} runs"
+        result = record["error"] or f"test perplexity {record['eval']['tuned']['perplexity']:.3f}"
+        echo(f"methods: {count}, {record['key']}: {result}, {record['seconds']:.0f} s")
+        with atomic_output(out / "methods.md") as file:
+            file.write_text(render(records, json.loads((shared / "conditions.json").read_text())), encoding="utf-8")
+    if points := means(records):
+        draw_methods(points, out / "methods.png")
     echo(f"methods: {out}/methods.md holds {sum(record['error'] is None for record in records.values())} runs")
 
 
-def sweep(method: str, _: Records) -> list[Run]:
-    """Return the runs that find the learning rate of a method."""
-    return [Run(method, rate, SEEDS[0]) for rate in (LOW_RATES if method == "full" else RATES)]
+def plan(names: list[str], records: Records) -> list[Run]:
+    """Return all runs that are known to be needed: for each method its sweep, then its seeds."""
+    return list(dict.fromkeys(run for name in names for run in (*sweep(name, records), *finals(name, records))))
+
+
+def sweep(method: str, records: Records) -> list[Run]:
+    """Return the runs that find the learning rate of a method.
+
+    They are five, around the expected rate. If the best of them is the lowest or the highest rate, one more follows on
+    that side, until the best one lies inside.
+    """
+    middle = RATES.index(EXPECTED[method])
+    low, high = middle - 2, middle + 2
+    while True:
+        runs = [Run(method, rate, SEEDS[0]) for rate in RATES[low : high + 1]]
+        best = best_rate(runs, records) if all(run.key in records for run in runs) else None
+        if best == RATES[low] and low > 0:
+            low -= 1
+        elif best == RATES[high] and high < len(RATES) - 1:
+            high += 1
+        else:
+            return runs
 
 
 def finals(method: str, records: Records) -> list[Run]:
-    """Return the runs at the best learning rate, over all seeds; none if the whole sweep failed."""
-    rate = best_rate(method, records)
+    """Return the runs at the best learning rate, over all seeds; none before the sweep is done, or if it failed."""
+    runs = sweep(method, records)
+    rate = best_rate(runs, records) if all(run.key in records for run in runs) else None
     return [Run(method, rate, seed) for seed in SEEDS] if rate else []
 
 
-def best_rate(method: str, records: Records) -> float | None:
+def best_rate(runs: list[Run], records: Records) -> float | None:
     """Return the learning rate of the lowest validation loss; the test split has no say."""
-    runs = done(sweep(method, records), records)
-    losses = {run.learning_rate: records[run.key]["train"]["best_validation_loss"] for run in runs}
+    losses = {run.learning_rate: records[run.key]["train"]["best_validation_loss"] for run in done(runs, records)}
     return min(losses, key=losses.get, default=None)
 
 
@@ -157,20 +184,29 @@ def prepare(base: Path, corpus: Path, out: Path, settings: dict[str, Any]) -> Pa
     return shared
 
 
-def in_parallel(runs: list[Run], jobs: int, work: Callable[[Run], dict | None]) -> Iterator[dict]:
-    """Yield the result of `work` for each run, as it ends; None is left out."""
+def in_parallel(
+    names: list[str], records: Records, jobs: int, deadline: float, work: Callable[[Run], dict]
+) -> Iterator[dict]:
+    """Make the runs of a plan, which a record may lengthen; yield each record as it ends, and add it to `records`."""
+    started: set[Run] = set()
+    running: set[Future] = set()
     with ThreadPoolExecutor(jobs) as pool:
-        for end in as_completed([pool.submit(work, run) for run in runs]):
-            if record := end.result():
+        while True:
+            planned = plan(names, records) if time.monotonic() < deadline else []
+            todo = [run for run in planned if run not in started and run not in done(planned, records)]
+            chosen = todo[: jobs - len(running)]
+            started |= set(chosen)
+            running |= {pool.submit(work, run) for run in chosen}
+            if not running:
+                return
+            ended, running = wait(running, return_when=FIRST_COMPLETED)
+            for record in (future.result() for future in ended):
+                records[record["key"]] = record
                 yield record
 
 
-def make(
-    out: Path, shared: Path, settings: dict, conditions: dict, deadline: float, gpus: SimpleQueue, jobs: int, run: Run
-) -> dict | None:
-    """Train and evaluate one run; return its record, or None if it is too late to start."""
-    if time.monotonic() > deadline:
-        return None
+def make(out: Path, shared: Path, settings: dict, conditions: dict, gpus: SimpleQueue, jobs: int, run: Run) -> dict:
+    """Train and evaluate one run; return its record."""
     started = time.monotonic()
     folder = workspace.empty(out / "runs" / run.key)
     values = {"method": "lora"} | METHODS[run.method] | {"train.learning_rate": run.learning_rate, "seed": run.seed}
@@ -210,13 +246,22 @@ COLUMNS: dict[str, tuple[Callable[[dict], float], str]] = {  # of the final tabl
     "adapter, MB": (lambda record: record["train"]["adapter_bytes"] / 1e6, ",.2f"),
     "frozen base, MB": (lambda record: record["train"]["frozen_base_bytes"] / 1e6, ",.1f"),
     "peak memory, GB": (lambda record: record["train_timings"]["peak_memory_bytes"] / 1e9, ".2f"),
+    # Runs that share a GPU slow each other down.
     "tokens/s": (lambda r: r["train_timings"]["tokens_per_second"] if r["jobs"] == 1 else None, ",.0f"),
+    "both stages, s": (lambda r: r["seconds"] if r["jobs"] == 1 else None, ".0f"),
 }
 
 
+def tuned(method: str, records: Records) -> list[Run]:
+    """Return the runs on record at the best learning rate so far, by seed."""
+    rate = best_rate(sweep(method, records), records)
+    return done([Run(method, rate, seed) for seed in SEEDS], records) if rate else []
+
+
 def spread(numbers: list[float | None], form: str) -> str:
-    """Return the mean and, if the numbers differ, the sample standard deviation; nothing if one is missing."""
-    if not numbers or None in numbers:
+    """Return the mean and, if the numbers differ, the sample standard deviation; nothing if all are missing."""
+    numbers = [number for number in numbers if number is not None]
+    if not numbers:
         return ""
     mean = format(statistics.mean(numbers), form)
     return f"{mean} ± {format(statistics.stdev(numbers), form.lstrip('+'))}" if len(set(numbers)) > 1 else mean
@@ -224,10 +269,10 @@ def spread(numbers: list[float | None], form: str) -> str:
 
 def means(records: Records) -> dict[str, tuple[float, float]]:
     """Return for each method that was measured its trained parameters and its mean test perplexity."""
-    found = {name: [records[run.key] for run in done(finals(name, records), records)] for name in METHODS}
+    found = {name: tuned(name, records) for name in METHODS}
     return {
         name: tuple(
-            statistics.mean(COLUMNS[key][0](record) for record in runs)
+            statistics.mean(COLUMNS[key][0](records[run.key]) for run in runs)
             for key in ("trained parameters", "test perplexity")
         )
         for name, runs in found.items()
@@ -239,16 +284,16 @@ def render(records: Records, conditions: dict) -> str:
     """Return the tables in Markdown: the sweeps, the methods at their best rates, what failed, and the conditions."""
     sweeps = ["| method | test perplexity by learning rate | best |", "|---|---|---|"]
     table = [f"| method | learning rate | seeds | {' | '.join(COLUMNS)} |", "|---" * (3 + len(COLUMNS)) + "|"]
-    lora = {run.seed: COLUMNS["test perplexity"][0](records[run.key]) for run in done(finals("lora", records), records)}
+    lora = {run.seed: COLUMNS["test perplexity"][0](records[run.key]) for run in tuned("lora", records)}
     for name in METHODS:
         swept = done(sweep(name, records), records)
         if not swept:
             continue
-        rate = best_rate(name, records)
+        rate = best_rate(swept, records)
         edge = " (at the edge)" * (rate in (swept[0].learning_rate, swept[-1].learning_rate))
         cells = [f"{run.learning_rate:g}: {COLUMNS['test perplexity'][0](records[run.key]):.2f}" for run in swept]
         sweeps.append(f"| {name} | {', '.join(cells)} | {rate:g}{edge} |")
-        runs = done(finals(name, records), records)
+        runs = tuned(name, records)
         found = [dict(records[run.key]) for run in runs]
         for run, record in zip(runs, found, strict=True):
             if name != "lora" and run.seed in lora:  # paired: both runs have the same seed
