@@ -70,7 +70,7 @@ def main():
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--warmup", type=int, default=1, help="steps before the clock starts")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--dropout", type=float, help="of the base and of LoRA; default: 0.1 (GPT-2's) and 0.05")
+    parser.add_argument("--dropout", type=float, help="of the base and of LoRA; default: 0.1 (GPT-2's) and 0 (PEFT's)")
     parser.add_argument("--compile", action="store_true", help="torch_compile=True")
     parser.add_argument("--out", type=Path, help="save the trained model here")
     args = parser.parse_args()
@@ -135,7 +135,7 @@ def load_model(args: argparse.Namespace) -> torch.nn.Module:
     config = LoraConfig(
         r=args.rank,
         lora_alpha=2 * args.rank,
-        lora_dropout=0.05 if args.dropout is None else args.dropout,
+        lora_dropout=args.dropout or 0.0,
         target_modules="all-linear" if args.target == "all-linear" else [args.target],
         fan_in_fan_out=args.method == "lora",
         task_type="CAUSAL_LM",

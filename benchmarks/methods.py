@@ -35,7 +35,7 @@ METHODS: dict[str, dict[str, Any]] = {  # what differs from params.yaml; method 
     "lora": {},
     "full": {"method": "full"},
     "qlora-nf4": QLORA,
-    "lora-dropout-0": {"lora.dropout": 0.0},
+    "lora-dropout-0.05": {"lora.dropout": 0.05},
     **{f"lora-r{r}": {"lora.r": r, "lora.alpha": 2 * r} for r in (8, 64, 128, 32)},
     "qlora-8bit": QLORA | {"methods.qlora.bits": 8, "methods.qlora.double_quant": False},
     "lora-attention": {"lora.target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},  # of Gemma and Llama
