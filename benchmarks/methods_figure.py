@@ -22,16 +22,20 @@ MARKERS = "oos^vDDPX"
 
 
 def draw_methods(points: dict[str, tuple[float, float]], file: Path) -> None:
-    """Draw the families of which a method was measured.
+    """Draw the families of which a method was measured that no earlier family has.
 
     Args:
         points: for each method its trained parameters and its test perplexity.
     """
     with plots.new_picture(file, "Test perplexity by trained parameters, each at its best learning rate") as axes:
+        drawn = set()
         for (family, names), color, marker in zip(FAMILIES.items(), COLORS, MARKERS, strict=True):
-            if found := [points[name] for name in names if name in points]:
-                parameters, perplexities = zip(*found, strict=True)
-                axes.plot(parameters, perplexities, "-", color=color, marker=marker, label=family)
+            measured = [name for name in names if name in points]
+            if set(measured) <= drawn:
+                continue
+            drawn |= set(measured)
+            parameters, perplexities = zip(*(points[name] for name in measured), strict=True)
+            axes.plot(parameters, perplexities, "-", color=color, marker=marker, label=family)
         axes.set_xscale("log")
         axes.set(xlabel="trained parameters", ylabel="test perplexity")
         axes.xaxis.set_major_formatter(plots.short_number)
