@@ -14,6 +14,7 @@ import click
 
 from gpt2lora.base.model_files import (
     check_added_tokens,
+    check_no_adapter,
     check_type,
     check_vocabulary,
     check_weights,
@@ -55,6 +56,7 @@ def main(out: Path) -> None:
             origin = {"model": os.path.abspath(source) if source else preset.model, "revision": preset.model_revision}
             config_folder = source or hub.fetch_config(preset.model, preset.model_revision)
             config = read_config(config_folder, preset.model)
+            check_no_adapter(config_folder, preset.model)
             check_floats(config, preset.model)
             check_context(config)
             check_type(config, preset.model)

@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+from gpt2lora.pipeline.adapter_files import ADAPTER_CONFIG
 from gpt2lora.pipeline.artifacts import read_json
 from gpt2lora.pipeline.cli import StageError
 from gpt2lora.pipeline.context import read_config
@@ -20,15 +21,19 @@ def copy_model(source: Path, folder: Path) -> dict:
         pickles = sorted(path.name for path in source.iterdir() if path.suffix in PICKLES)
         refused = f" ({', '.join(pickles)}: pickled weights can run code, so they are refused)" if pickles else ""
         raise StageError(f"{source}: no *.safetensors{refused}: save the model with save_pretrained of transformers")
-    if (source / "adapter_config.json").is_file():
-        raise StageError(
-            f"{source}: holds an adapter beside the model (adapter_config.json), which transformers would "
-            "load with it: merge it into the model, or give the model alone and set lora.start_from to the adapter"
-        )
     others = [path for pattern in CONFIG_FILES for path in sorted(source.glob(pattern)) if path.is_file()]
     for path in [*weights, *others]:
         shutil.copyfile(path, folder / path.name)
     return read_license(source)
+
+
+def check_no_adapter(source: Path, name: str) -> None:
+    """Refuse an adapter beside a model: transformers loads it with the model, of which only the weights are copied."""
+    if (source / ADAPTER_CONFIG).is_file():
+        raise StageError(
+            f"{name}: holds an adapter beside the model ({ADAPTER_CONFIG}), which transformers would load with it: "
+            "merge it into the model, or give the model alone and set lora.start_from to the adapter"
+        )
 
 
 def check_weights(folder: Path, name: str) -> None:

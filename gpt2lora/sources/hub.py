@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from gpt2lora.pipeline.adapter_files import ADAPTER_CONFIG
 from gpt2lora.pipeline.cli import StageError
 from gpt2lora.sources import hub_download
 
@@ -56,8 +57,11 @@ def fetch_model(repo_id: str, revision: str | None) -> Path:
 
 
 def fetch_config(repo_id: str, revision: str | None) -> Path:
-    """Return a folder with the config.json of a model on the hub, to be checked before its weights are downloaded."""
-    return _snapshot("model", repo_id, revision, ["config.json"], ["config.json"])
+    """Return a folder with the config.json of a model on the hub, to be checked before its weights are downloaded.
+
+    It also holds adapter_config.json, if there is one.
+    """
+    return _snapshot("model", repo_id, revision, ["config.json", ADAPTER_CONFIG], ["config.json"])
 
 
 def fetch_dataset(

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -62,6 +63,19 @@ def test_base_and_prepare_write_what_the_hub_serves(hub, home, project, repos, t
     for split, rows in SPLITS.items():
         text = (project / f"data/raw/{split}.txt").read_bytes().decode()
         assert text == "".join(row or " \n" for row in rows)
+
+
+def test_an_adapter_beside_a_model_is_refused_before_its_weights_come(hub, home, project, repos, tiny_model):
+    folder = shutil.copytree(tiny_model, home.parent / "repository")
+    (folder / "adapter_config.json").write_text("{}")
+    repos["models/tiny/with-adapter"] = {COMMIT: folder}
+    for key, value in {"model": "tiny/with-adapter", "model_revision": COMMIT}.items():
+        tiny.set_param(project, f"presets.gpt2.{key}", value)
+    tiny.set_param(project, "preset", "gpt2")
+    command = [sys.executable, "-m", "stages.base"]
+    output = tiny.run(project, *command, HF_ENDPOINT=hub.url, HF_HOME=str(home), fails=True)
+    assert "Error: tiny/with-adapter: holds an adapter beside the model (adapter_config.json)" in output
+    assert not [line for line in hub.requests if "safetensors" in line]
 
 
 @pytest.mark.slow
