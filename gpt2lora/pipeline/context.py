@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 MAX_DEFAULT = 1024  # positions: those of GPT-2. A step on the 131,072 of a Llama takes minutes, or does not fit
 POSITIONS = ("n_positions", "max_position_embeddings")  # names of the maximum context in config.json
+# Models whose first token has the position after the padding id, 1 by default: the positions before it are never used.
+ROBERTA_TYPES = ("camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod")
 
 
 def read_config(folder: Path, name: str) -> dict:
@@ -42,8 +44,12 @@ def check_floats(config: dict, name: str) -> None:
 
 
 def max_context(config: dict) -> int | None:
-    """Return the number of positions that a model's config.json gives, None if it gives none."""
-    return config.get("n_positions") or config.get("max_position_embeddings")
+    """Return the longest context that a model's config.json gives, in tokens, None if it gives none."""
+    positions = config.get("n_positions") or config.get("max_position_embeddings")
+    if positions and config.get("model_type") in ROBERTA_TYPES:
+        padding = config.get("pad_token_id")
+        return max(1, positions - 1 - (1 if padding is None else padding))
+    return positions
 
 
 def choose_block_size(block_size: int | None, config: dict, prefix: int) -> int:

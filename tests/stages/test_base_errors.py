@@ -9,7 +9,7 @@ import torch
 from bad_input import error_line, update_json
 from click.testing import CliRunner
 from small_models import write_llama
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, RobertaConfig, RobertaForCausalLM
 
 from gpt2lora.dataset import tokenizer
 from gpt2lora.model.layers import load_on_meta
@@ -153,6 +153,19 @@ def test_longrope_is_trained_within_its_short_context(stage_folder, key):
     assert error_line(base.main).startswith("params.yaml: tokenize.block_size: expected at most 16, ")
     config = read_config(stage_folder / "model", "model")
     assert choose_block_size(None, config, 0) == choose_block_size(16, config, 0) == 16
+
+
+@pytest.mark.parametrize("padding", [1, 4])
+def test_roberta_has_fewer_positions_than_its_config_says(padding):
+    """Its first token has the position after the padding id."""
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 16}
+    config = RobertaConfig(is_decoder=True, max_position_embeddings=34, vocab_size=50, pad_token_id=padding, **size)
+    context = choose_block_size(None, config.to_dict(), 0)
+    assert context == 33 - padding
+    model = RobertaForCausalLM(config).eval()
+    model(input_ids=torch.full((1, context), 7))
+    with pytest.raises((IndexError, RuntimeError), match="out of"):
+        model(input_ids=torch.full((1, context + 1), 7))
 
 
 def test_the_sample_s_sizes_are_known_before_it_is_trained(stage_folder, monkeypatch):
