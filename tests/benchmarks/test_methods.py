@@ -8,8 +8,8 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from benchmarks import methods, methods_figure, workspace
-from benchmarks.methods import SEEDS, Run
+from benchmarks import methods, methods_figure, methods_plan, methods_table, workspace
+from benchmarks.methods_plan import SEEDS, Run
 
 
 def invoke(command, *arguments, fails: bool = False) -> str:
@@ -30,25 +30,25 @@ def record(run: Run, loss: float, perplexity: float = 20.0, error: str | None = 
 
 
 def test_the_best_rate_has_the_lowest_validation_loss():
-    runs = methods.sweep("lora", {})
+    runs = methods_plan.sweep("lora", {})
     records = {
         runs[0].key: record(runs[0], 3.0, perplexity=18.0),
         runs[1].key: record(runs[1], 2.5, perplexity=25.0),
         runs[2].key: record(runs[2], 0.1, error="train: diverged"),
     }
-    assert methods.best_rate(runs, records) == runs[1].learning_rate
-    assert methods.best_rate(methods.sweep("dora", {}), records) is None
-    assert methods.finals("lora", records) == []  # before the sweep is done
+    assert methods_plan.best_rate(runs, records) == runs[1].learning_rate
+    assert methods_plan.best_rate(methods_plan.sweep("dora", {}), records) is None
+    assert methods_plan.finals("lora", records) == []  # before the sweep is done
     records |= {run.key: record(run, 4.0) for run in runs[3:]}
-    assert methods.finals("lora", records) == [Run("lora", runs[1].learning_rate, seed) for seed in SEEDS]
+    assert methods_plan.finals("lora", records) == [Run("lora", runs[1].learning_rate, seed) for seed in SEEDS]
 
 
 def measure(method: str, losses: dict[float, float]) -> list[float]:
     """Return the learning rates that a sweep tries if it finds these losses; others are 9."""
     records = {}
-    while todo := [run for run in methods.sweep(method, records) if run.key not in records]:
+    while todo := [run for run in methods_plan.sweep(method, records) if run.key not in records]:
         records |= {run.key: record(run, losses.get(run.learning_rate, 9.0)) for run in todo}
-    return [run.learning_rate for run in methods.sweep(method, records)]
+    return [run.learning_rate for run in methods_plan.sweep(method, records)]
 
 
 def test_a_sweep_goes_on_until_the_best_rate_lies_inside():
@@ -57,31 +57,33 @@ def test_a_sweep_goes_on_until_the_best_rate_lies_inside():
     assert measure("dora", {1e-4: 1.0, 2e-5: 0.5}) == [5e-5, *five]  # 2e-5 lies beyond a worse rate
     assert measure("dora", {1e-4: 1.0, 5e-5: 0.9, 2e-5: 0.5}) == [1e-5, 2e-5, 5e-5, *five]
     assert measure("dora", {2e-3: 1.0, 5e-3: 0.5}) == [*five, 5e-3, 1e-2]
-    assert measure("dora", {rate: rate for rate in methods.RATES})[0] == methods.RATES[0]
+    assert measure("dora", {rate: rate for rate in methods_plan.RATES})[0] == methods_plan.RATES[0]
     assert measure("full", {5e-5: 1.0}) == [1e-5, 2e-5, 5e-5, 1e-4, 2e-4]
 
 
 def test_a_sweep_is_not_widened_before_it_is_done():
-    first, *others = methods.sweep("lora", {})
-    assert methods.sweep("lora", {first.key: record(first, 1.0)}) == [first, *others]
+    first, *others = methods_plan.sweep("lora", {})
+    assert methods_plan.sweep("lora", {first.key: record(first, 1.0)}) == [first, *others]
 
 
 def test_a_rate_that_fails_ends_no_sweep():
-    runs = methods.sweep("lora", {})
+    runs = methods_plan.sweep("lora", {})
     records = {run.key: record(run, 3.0 - run.learning_rate) for run in runs[:-1]}
     records[runs[-1].key] = record(runs[-1], 0.0, error="diverged")
-    assert methods.sweep("lora", records) == runs
-    assert methods.sweep("lora", records)[-1].learning_rate == 5e-3  # no wider, though the best is next to a failure
+    assert methods_plan.sweep("lora", records) == runs
+    assert (
+        methods_plan.sweep("lora", records)[-1].learning_rate == 5e-3
+    )  # no wider, though the best is next to a failure
 
 
 def test_a_line_has_mean_deviation_and_paired_differences():
     rate = 5e-4
-    records = {run.key: record(run, 9.0) for name in ("lora", "dora") for run in methods.sweep(name, {})}
+    records = {run.key: record(run, 9.0) for name in ("lora", "dora") for run in methods_plan.sweep(name, {})}
     for seed, (lora, dora) in enumerate(((20.0, 21.0), (40.0, 42.4), (50.0, 52.0))):
         for name, perplexity in (("lora", lora), ("dora", dora)):
             run = Run(name, rate, seed)
             records[run.key] = record(run, 3.0 + seed, perplexity)
-    text = methods.render(records, {"base": "a base", "corpus": "a corpus"})
+    text = methods_table.render(records, {"base": "a base", "corpus": "a corpus"})
     lines = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ")}
     cells = [cell.strip() for cell in lines["dora"].split("|")[1:-1]]
     assert cells[:5] == ["dora", "0.0005", "0, 1, 2", "4.0000 ± 1.0000", "38.467 ± 15.870"]
@@ -94,34 +96,34 @@ def test_a_line_has_mean_deviation_and_paired_differences():
 
 
 def test_runs_that_share_a_gpu_have_no_speed():
-    runs = methods.sweep("lora", {})
+    runs = methods_plan.sweep("lora", {})
     records = {run.key: record(run, 3.0, jobs=2) for run in runs}
-    lines = methods.render(records, {"base": "", "corpus": ""}).splitlines()
+    lines = methods_table.render(records, {"base": "", "corpus": ""}).splitlines()
     (line,) = [line for line in lines if line.startswith("| lora | 0.0002 | 0 | 3.0000 | 20.000 |")]
     assert line.endswith("| 2.00 |  |  |")
     records[runs[0].key]["jobs"] = 1
-    assert "| 2.00 | 1,000 | 1 |" in methods.render(records, {"base": "", "corpus": ""})
+    assert "| 2.00 | 1,000 | 1 |" in methods_table.render(records, {"base": "", "corpus": ""})
 
 
 def test_failed_runs_are_listed_and_enter_no_mean():
     runs = [Run("lora", 2e-4, seed) for seed in SEEDS]
     records = {runs[0].key: record(runs[0], 3.0), runs[1].key: record(runs[1], 0, error="train: Error: no memory")}
-    text = methods.render(records, {"base": "", "corpus": ""})
+    text = methods_table.render(records, {"base": "", "corpus": ""})
     assert "| lora | 0.0002 | 0 | 3.0000 | 20.000 |" in text
     assert "- lora-lr-0.0002-seed-1: `train: Error: no memory`" in text
 
 
 def test_a_best_rate_at_the_edge_of_a_sweep_is_marked():
     for best, marked in ((0, True), (1, False), (4, True)):
-        runs = methods.sweep("lora", {})
+        runs = methods_plan.sweep("lora", {})
         records = {run.key: record(run, 2.0 if index == best else 3.0) for index, run in enumerate(runs)}
-        text = methods.render(records, {"base": "", "corpus": ""})
+        text = methods_table.render(records, {"base": "", "corpus": ""})
         assert ("(at the edge)" in text) == marked
 
 
 def test_the_figure_shows_methods_of_the_study_and_a_point_each(tmp_path):
     names = {name for family in methods_figure.FAMILIES.values() for name in family}
-    assert names <= set(methods.METHODS)
+    assert names <= set(methods_plan.METHODS)
     sizes = set()
     for count in range(1, 4):
         points = {name: (1e6 * 2**number, 10 + number) for number, name in enumerate(sorted(names)[:count])}
@@ -160,7 +162,7 @@ def test_seeds_run_at_the_best_rate_and_no_run_is_made_twice(pretended, tmp_path
     ran, options = pretended
     only = ("--only", "lora", "--only", "dora", "--set", "train.epochs=7")
     invoke(methods.main, *options, *only)
-    sweep = [run.key for name in ("lora", "dora") for run in methods.sweep(name, {})]
+    sweep = [run.key for name in ("lora", "dora") for run in methods_plan.sweep(name, {})]
     # Seed 0 is a run of the sweep. All of DoRA's runs failed, so it has no best rate.
     assert sorted(name for name, _ in ran) == sorted([*sweep, "lora-lr-0.0005-seed-1", "lora-lr-0.0005-seed-2"])
     names = [name for name, _ in ran]
@@ -175,7 +177,9 @@ def test_seeds_run_at_the_best_rate_and_no_run_is_made_twice(pretended, tmp_path
 
     ran.clear()
     invoke(methods.main, *options, *only)
-    assert sorted(name for name, _ in ran) == sorted(run.key for run in methods.sweep("dora", {}))  # the failed ones
+    assert sorted(name for name, _ in ran) == sorted(
+        run.key for run in methods_plan.sweep("dora", {})
+    )  # the failed ones
 
 
 def test_a_study_starts_no_run_after_its_deadline(pretended, tmp_path):
@@ -206,7 +210,7 @@ def test_a_damaged_record_is_named_by_its_line(pretended, tmp_path):
 
 
 def test_every_method_sets_only_known_parameters():
-    for name, values in methods.METHODS.items():
+    for name, values in methods_plan.METHODS.items():
         for key, value in values.items():
             assert workspace.settings((f"{key}={json.dumps(value)}",)) == {key: value}, name
 
@@ -224,8 +228,8 @@ def test_settings_are_read_as_in_params_yaml():
 
 @pytest.mark.slow
 def test_two_methods_are_tuned_and_evaluated(tmp_path, tiny_corpus, tiny_model, monkeypatch):
-    monkeypatch.setattr(methods, "sweep", lambda name, records: [Run(name, 2e-2, 0)])
-    monkeypatch.setattr(methods, "SEEDS", (0,))
+    monkeypatch.setattr(methods_plan, "sweep", lambda name, records: [Run(name, 2e-2, 0)])
+    monkeypatch.setattr(methods_plan, "SEEDS", (0,))
     options = ("--base", tiny_model, "--corpus", tiny_corpus, "--out", tmp_path / "out", "--jobs", 2)
     settings = ("--set", "train.epochs=1", "--set", "train.validations=1")
     invoke(methods.main, *options, "--only", "lora", "--only", "qlora-nf4", *settings)
