@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 MAX_DEFAULT = 1024  # positions: those of GPT-2. A step on the 131,072 of a Llama takes minutes, or does not fit
 POSITIONS = ("n_positions", "max_position_embeddings")  # names of the maximum context in config.json
 # Models whose first token has the position after the padding id, 1 by default: the positions before it are never used.
-ROBERTA_TYPES = ("camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod")
+ROBERTA_TYPES = (
+    *("camembert", "data2vec-text", "roberta", "roberta-prelayernorm"),
+    *("xlm-roberta", "xlm-roberta-xl", "xmod"),
+)
 
 
 def read_config(folder: Path, name: str) -> dict:
