@@ -63,6 +63,9 @@ def causal_attention(
                 allowed = allowed_positions(tokens, tokens, None, query.device)
             output = unfused_attention(query, key, value, allowed, dropout, scaling, softcap, s_aux)
         else:
+            if allowed is not None and query.device.type == "cuda":
+                # With a mask and fewer heads of keys, CUDA has only the kernel that writes all scores to memory.
+                key, value = repeat_heads(key, value, query.shape[1])
             output = F.scaled_dot_product_attention(
                 query,
                 key,
@@ -83,6 +86,12 @@ def allowed_positions(queries: int, keys: int, window: int | None, device: torch
     return (distance >= 0) & (distance < (window or keys))
 
 
+def repeat_heads(key: torch.Tensor, value: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return keys and values with as many heads as the query, each head as often as its group is large."""
+    groups = heads // key.shape[1]
+    return key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+
+
 def unfused_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -94,8 +103,7 @@ def unfused_attention(
     s_aux: torch.Tensor | None,
 ) -> torch.Tensor:
     """Return attention with capped scores or a sink, (batch, heads, tokens, width); it holds all scores at once."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    key, value = repeat_heads(key, value, query.shape[1])
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap:
         scores = softcap * (scores / softcap).tanh()

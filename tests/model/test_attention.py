@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from small_models import IDS, INT8, NF4, load, write_bloom, write_llama
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from training_steps import on_gpu
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BloomConfig, LlamaForCausalLM, PreTrainedConfig
 
 from gpt2lora.model import attention
@@ -26,6 +28,17 @@ def test_attention_computes_its_formula(heads, dtype):
     torch.testing.assert_close(
         output.double(), expected, **({} if dtype == torch.float64 else {"rtol": 0.02, "atol": 0.02})
     )
+
+
+@on_gpu
+def test_a_window_needs_no_memory_for_all_scores():
+    query = torch.randn(1, 4, 64, 32, dtype=torch.bfloat16, device="cuda")
+    key, value = (torch.randn(1, 2, 64, 32, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    arguments = (torch.nn.Module(), query, key, value, None)
+    expected, _ = attention.causal_attention(*arguments, sliding_window=8)
+    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):  # it has no kernel for fewer heads of keys
+        output, _ = attention.causal_attention(*arguments, sliding_window=8)
+    torch.testing.assert_close(output, expected, rtol=0.02, atol=0.02)
 
 
 def test_attention_on_a_cpu_computes_in_fp32_under_autocast_too(monkeypatch):
