@@ -32,7 +32,7 @@ from gpt2lora.evaluation.metrics import (
 )
 from gpt2lora.pipeline import environment, params
 from gpt2lora.pipeline.adapter_files import METHOD_FILE
-from gpt2lora.pipeline.artifacts import MANIFEST, atomic_output, digests, file_digest, require_file, verify_digests
+from gpt2lora.pipeline.artifacts import MANIFEST, atomic_output, file_digest, require_file, verify_digests
 from gpt2lora.pipeline.cli import StageError, command, echo
 from gpt2lora.pipeline.context import choose_stride
 from gpt2lora.pipeline.schemas import EvaluateParams, check_params
@@ -82,16 +82,18 @@ def evaluate(raw: Path, tokens: Path, base: Path, adapter: Path, loss: Path, out
         )
 
     echo("evaluate: loading torch and transformers")
-    from gpt2lora.distributed import group
+    from gpt2lora.distributed import facts, group
     from gpt2lora.evaluation import passage
     from gpt2lora.evaluation.samples import choose_prompts, generate_samples
     from gpt2lora.model import device, loading
     from gpt2lora.scoring.log_likelihood import score_windows
 
     target, processes = device.pick_device(), group.size()
-    facts = {f"files in {folder}": digests(folder) for folder in (raw, tokens, base, adapter)}
-    group.check_same(facts | {"parameters in params.yaml": vars(options)}, device.device_name(target))
     dtype = device.compute_dtype(options.precision, target)
+    precision = str(dtype).removeprefix("torch.")
+    decisive = facts.run_facts(vars(options), (raw, tokens, base, adapter), facts.code_files(Path(__file__)))
+    name = facts.describe_device(target, device.device_name(target))
+    group.check_same(decisive | {"precision (evaluate.precision)": precision}, name)
     prompts = choose_prompts(text, tokenizer, manifest["block_size"], manifest["prefix"])
     scores, metrics, samples = {}, {}, [prompts.ids]
     for name, load in (
@@ -121,16 +123,16 @@ def evaluate(raw: Path, tokens: Path, base: Path, adapter: Path, loss: Path, out
     outputs = {"base": base, "prepare": raw, "tokenize": tokens, "train": adapter}
     records = {stage: environment.read_record(folder, stage) for stage, folder in outputs.items()}
     method, quantization = loading.read_method(adapter)
-    facts = {
+    described = {
         "method": report.describe_method(method, quantization),
         "trained_by": method,
         "base_bits": quantization and quantization.bits,
         "scored": report.describe_scoring(options.protocol, manifest, stride, prefix),
         "adapter": file_digest(adapter / METHOD_FILE),  # whose figures these are
-        "precision": str(dtype).removeprefix("torch."),
+        "precision": precision,
         "processes": processes,
     }
-    records["evaluate"] = environment.describe_run(started, **facts)
+    records["evaluate"] = environment.describe_run(started, **described)
     decoded = [[tokenizer.decode(ids) for ids in column] for column in samples]
     text = "".join(shown.texts) if passage.has_undrawable(shown) else ""
     report.write_report(out.parent, metrics, records, list(zip(*decoded, strict=True)), text)

@@ -57,7 +57,7 @@ def train(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path)
     # The GPU's driver starts beside the imports. If that fails, the first computation fails too, with a clear error.
     ThreadPoolExecutor(1).submit(device.warm_up)
     from gpt2lora.dataset.blocks import load_blocks, read_token_manifest
-    from gpt2lora.distributed import group
+    from gpt2lora.distributed import facts, group
     from gpt2lora.model import layers, loading, lora
     from gpt2lora.training import checkpoint, model_card, oom, summary
     from gpt2lora.training.loop import count_steps, fit
@@ -84,10 +84,10 @@ def train(tokens: Path, base: Path, out: Path, metrics: Path, checkpoints: Path)
 
     sections = {"quantization": quantization, "lora": lora_params, "train": options}
     values = {name: section and asdict(section) for name, section in sections.items()}
-    code = checkpoint.code_files(Path(__file__))
-    facts = checkpoint.run_facts(values | {"method": method, "seed": seed} | start, [tokens, base], code)
-    group.check_same(facts, name)
-    key = checkpoint.run_key(facts, checkpoint.hardware_facts(target, dtype))
+    code = facts.code_files(Path(__file__))
+    decisive = facts.run_facts(values | {"method": method, "seed": seed} | start, [tokens, base], code)
+    group.check_same(decisive | {"precision (train.precision)": precision}, facts.describe_device(target, name))
+    key = checkpoint.run_key(decisive, checkpoint.hardware_facts(target, dtype))
     interval = options.checkpoint_every
     interval = DEFAULT_CHECKPOINT_INTERVAL[method] if interval is None else interval
     history = None

@@ -25,9 +25,10 @@ class PeerError(StageError):
 def is_first(error: BaseException, store: dist.Store) -> bool:
     """Tell whether this process is to print its error: it is the first one that failed, and knows why."""
     stop_watching()
-    stopped = isinstance(error, SystemExit) and error.code in (0, 130, 143)
-    if stopped or isinstance(error, KeyboardInterrupt):
+    if isinstance(error, SystemExit) and error.code in (0, 130, 143):
         return True
+    if isinstance(error, KeyboardInterrupt) and os.environ["RANK"] != "0":
+        raise SystemExit(130) from None  # rank 0 says it
     try:
         if isinstance(error, PeerError):
             return _explain(error, store)
@@ -129,9 +130,9 @@ def _kill(store: dist.Store, number: int) -> None:
 
 
 def die_with_launcher() -> None:
-    """Have the operating system kill this process when the one that `run_processes` runs in is killed (Linux)."""
+    """Have the operating system kill this process when the launcher that started it is killed (Linux)."""
     launcher = os.environ.get(LAUNCHER)
-    if launcher and sys.platform == "linux":
+    if (launcher or "TORCHELASTIC_RUN_ID" in os.environ) and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != int(launcher):
-            raise SystemExit(1)
+    if launcher and os.getppid() != int(launcher):
+        raise SystemExit(1)

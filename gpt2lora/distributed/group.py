@@ -8,18 +8,20 @@ process that died or hangs is noticed although a GPU's queue holds steps that wa
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from gpt2lora.distributed import failure
+from gpt2lora.distributed import failure, waiting
 from gpt2lora.distributed.failure import PeerError
 from gpt2lora.pipeline.cli import StageError, echo
 
 JOIN_TIMEOUT = timedelta(seconds=50)  # until all processes have started
 TIMEOUT = timedelta(minutes=3)  # until a process that does not answer is given up
+_store: dist.Store | None = None  # that all processes of the group share
+_turns = 0  # calls of `main_first`
 
 
 def rank() -> int:
@@ -53,8 +55,11 @@ def joined() -> Iterator[None]:
     store = None
     try:
         store = join()
-        yield
-        leave()  # not after an error: NCCL would wait for the others
+        with waiting.beating(store):
+            yield
+            leave()  # not after an error: NCCL would wait for the others
+            with peers():
+                waiting.finish(store, TIMEOUT)
     except BaseException as error:
         sys.stdout, sys.stderr = streams
         if store is None or failure.is_first(error, store):
@@ -67,19 +72,21 @@ def joined() -> Iterator[None]:
 
 def join() -> dist.Store:
     """Meet the other processes; return the store that all of them share."""
+    global _store
     try:
         choose_gpu()
         store, own_rank, world = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=own_rank, world_size=world, timeout=TIMEOUT)
         barrier()
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, AssertionError) as error:
         names = ", ".join(f"{name}={os.environ.get(name)}" for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
         raise StageError(
             f"{names}, but the group of processes did not come together ({first_line(error)}): start all of them with "
             "torchrun, or unset RANK to run a single process"
         ) from error
     failure.watch_peers(store)
+    _store = store
     return store
 
 
@@ -117,6 +124,21 @@ def peers() -> Iterator[None]:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise PeerError(first_line(error)) from error
+
+
+def main_first(work: Callable[[], None]) -> None:
+    """Let rank 0 do what may take longer than TIMEOUT, such as to wait for a disk, while the others wait for it."""
+    global _turns
+    if size() == 1:
+        work()
+        return
+    _turns += 1
+    if is_main():
+        work()
+        _store.set(f"turn/{_turns}", "")
+    else:
+        with peers():
+            waiting.wait_for_key(_store, f"turn/{_turns}", TIMEOUT)
 
 
 def barrier() -> None:

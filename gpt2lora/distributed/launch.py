@@ -37,6 +37,11 @@ def run(
             work()
         return
     check()
+    if (tasks := os.environ.get("SLURM_STEP_NUM_TASKS", "1")) != "1":
+        raise StageError(
+            f"{stage}: srun started {tasks} tasks, each of which would run the whole stage: start one task a machine, "
+            "with torchrun in it (docs/scale.md)"
+        )
     gpus = leases.list_gpus()
     if not gpus or not uses_gpus():
         work()

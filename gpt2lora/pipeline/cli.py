@@ -19,8 +19,8 @@ class StageError(click.ClickException):
 
     def format_message(self) -> str:
         line = " ".join(self.message.split())
-        if os.environ.get("WORLD_SIZE", "1") != "1":  # one process of several: gpt2lora/distributed
-            line = f"rank {os.environ.get('RANK')} of {os.environ['WORLD_SIZE']}: {line}"
+        if "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":  # one process of several
+            line = f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}: {line}"
         # A quoted value may hold control characters, or surrogates that UTF-8 cannot encode.
         return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in line)
 

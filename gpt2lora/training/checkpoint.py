@@ -7,31 +7,26 @@ number of processes: rank 0 writes it, and any number of processes resume from i
 """
 
 import contextlib
-import hashlib
 import json
 import os
-import platform
 import shutil
 import signal
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from safetensors.torch import load, save
 
 from gpt2lora.distributed import group
+from gpt2lora.distributed.facts import cpu_kernels, short_digest
 from gpt2lora.model.device import device_name
-from gpt2lora.pipeline import environment
-from gpt2lora.pipeline.artifacts import atomic_output, digests, file_digest
+from gpt2lora.pipeline.artifacts import atomic_output
 from gpt2lora.pipeline.cli import echo
 from gpt2lora.training.execution import missing_compile_requirement
 
 CHECKPOINTS_KEPT = 2
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "numpy")  # their versions decide the bits of a result
 
 
 @dataclass
@@ -71,9 +66,9 @@ class Checkpoints:
         Raises:
             StageError: the disk was full when the checkpoint before was written; older ones are still there.
         """
+        group.main_first(self.wait)
         if not group.is_main():
             return
-        self.wait()
         tensors = collect_tensors(trained, optimizer, best, losses)
         self.writing = self.writer.submit(self.write_file, step, tensors, json.dumps(record | {"step": step}))
 
@@ -100,6 +95,7 @@ class Checkpoints:
         """
         content = group.broadcast_bytes(self.read_newest() if group.is_main() else None)
         if content is None:
+            self.echo_others()
             return None
         # The header of a safetensors file: its length in 8 bytes, then JSON.
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
@@ -119,14 +115,23 @@ class Checkpoints:
             file.unlink()
         return None
 
+    def echo_others(self) -> None:
+        """Say that other runs left checkpoints, of which one may be meant."""
+        others = [path for path in self.folder.parent.glob("*") if path != self.folder]
+        if self.interval and others:
+            echo(
+                f"train: starts anew: the checkpoints in {self.folder.parent} are of {len(others)} other runs, with "
+                "other parameters, data, code, packages, processor or number of its threads"
+            )
+
     def files(self) -> list[Path]:
         """Return the files of all checkpoints, the newest first."""
         return sorted(self.folder.glob("[0-9]*-*.safetensors"), reverse=True)
 
     def stop(self, step: int, steps: int, number: int) -> None:
         """Exit with 130 after SIGINT, with 143 after SIGTERM, as soon as the last checkpoint is written."""
-        self.wait()
-        group.barrier()
+        group.main_first(self.wait)
+        group.barrier()  # the others need rank 0 until they have seen that it is done
         kept = f"checkpoint in {self.folder}: run the same command to resume"
         if not self.interval:
             kept = "no checkpoint, since train.checkpoint_every is 0"
@@ -143,26 +148,11 @@ class Checkpoints:
             self.folder.parent.rmdir()
 
 
-def run_facts(parameters: dict, folders: Iterable[Path], code: Iterable[Path]) -> dict[str, str]:
-    """Return digests, by name, of everything that decides a run's result, apart from the hardware.
-
-    Args:
-        parameters: all parameters that the run reads.
-        folders: the inputs; the name and the content of each file count.
-        code: Python files; name and content count.
-    """
-    versions = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
-    facts = {"parameters in params.yaml": parameters, "versions of packages": versions}
-    facts |= {f"files in {folder}": digests(folder) for folder in folders}
-    facts["code"] = [[file.name, file_digest(file)] for file in sorted(code)]
-    return {name: short_digest(json.dumps(fact, sort_keys=True).encode()) for name, fact in facts.items()}
-
-
 def run_key(facts: dict[str, str], device: object) -> str:
     """Return 16 hex digits that identify a run.
 
     Args:
-        facts: from `run_facts`.
+        facts: from distributed/facts.py.
         device: the hardware, as JSON can hold it: other kernels round differently. Not the number of processes.
     """
     return short_digest(json.dumps([*facts.values(), device], sort_keys=True).encode())
@@ -170,19 +160,8 @@ def run_key(facts: dict[str, str], device: object) -> str:
 
 def hardware_facts(device: torch.device, dtype: torch.dtype) -> list:
     """Return what decides a run's kernels. CPUs differ in them; on a GPU, compiled steps draw other random numbers."""
-    cpu = [environment.cpu_name(), torch.backends.cpu.get_cpu_capability()]
-    return [device_name(device), str(dtype), missing_compile_requirement() if device.type == "cuda" else cpu]
-
-
-def code_files(script: Path) -> set[Path]:
-    """Return the script of a stage, and all imported modules of the stages and of the library."""
-    modules = [module for name, module in sys.modules.items() if name.startswith(("stages.", "gpt2lora."))]
-    return {script, *(Path(module.__file__) for module in modules)}
-
-
-def short_digest(content: bytes) -> str:
-    """Return the first 16 hex digits of the SHA-256."""
-    return hashlib.sha256(content).hexdigest()[:16]
+    kernels = missing_compile_requirement() if device.type == "cuda" else cpu_kernels()
+    return [device_name(device), str(dtype), kernels]
 
 
 @contextlib.contextmanager

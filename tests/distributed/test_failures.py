@@ -11,7 +11,7 @@ from gpt2lora.training import checkpoint
 AT_STEP_5 = """
 import errno, os, signal
 from datetime import timedelta
-from gpt2lora.distributed import failure, group
+from gpt2lora.distributed import facts, failure, group
 from gpt2lora.training import checkpoint, loop
 
 failure.GRACE = 1.0
@@ -107,14 +107,54 @@ def test_a_signal_stops_all_processes_after_the_same_step(fail_group, training_f
     ("setup", "expected"),
     [
         ("if rank: os.chdir(os.getcwd() + '/../other')", "rank 1 has other parameters in params.yaml than rank 0"),
-        ("if rank: checkpoint.version = lambda name: '0'", "rank 1 has other versions of packages than rank 0"),
-        ("if rank: checkpoint.code_files = lambda script: {script}", "rank 1 has other code than rank 0"),
+        ("if rank: facts.version = lambda name: '0'", "rank 1 has other versions of packages than rank 0"),
+        ("if rank: facts.code_files = lambda script: {script}", "rank 1 has other code than rank 0"),
+        (
+            "import torch\nfrom gpt2lora.model import device\n"
+            "device.compute_dtype = lambda *_: (torch.float32, torch.bfloat16)[rank]",
+            "rank 1 has other precision (train.precision) than rank 0",
+        ),
     ],
 )
 def test_processes_that_differ_are_refused(fail_group, training_folder, copy_of, setup, expected):
     copy_of(training_folder, "other", {"train.learning_rate": 3e-3})
     (line,) = fail_group(setup)
     assert line == f"Error: rank 0 of 2: {expected}: give all processes the same"
+
+
+@pytest.mark.slow
+def test_evaluate_refuses_processes_with_other_code(training_folder, run_group):
+    run_group(training_folder, "train", 1)
+    setup = "from gpt2lora.distributed import facts\nif rank: facts.code_files = lambda script: {script}"
+    result = run_group(training_folder, "evaluate", 2, setup=setup)
+    assert result["codes"] == [1, 1], result["printed"]
+    assert "rank 1 has other code than rank 0" in "".join(result["printed"])
+    assert not (training_folder / "metrics/eval.json").exists()
+
+
+@pytest.mark.slow
+def test_results_that_rank_0_cannot_write_fail_in_all_processes(fail_group):
+    (line,) = fail_group(
+        "from gpt2lora.training import model_card\n"
+        "if rank == 0: model_card.write_card = fail(OSError(errno.ENOSPC, 'No space left on device'))"
+    )
+    assert line.startswith("Error: rank 0 of 2: No space left on device")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signal_at_step_5", [False, True])
+def test_a_checkpoint_may_take_longer_than_a_process_may_be_silent(training_folder, run_group, signal_at_step_5):
+    changes = {"train.accumulation_steps": 2, "train.batch_size": 8, "train.checkpoint_every": 4}
+    for key, value in changes.items():
+        tiny.set_param(training_folder, key, value)
+    setup = (
+        "import time\nfrom gpt2lora.distributed import waiting\nwaiting.BEAT = 0.5\n"
+        "group.TIMEOUT = timedelta(seconds=2)\nwrite_file = checkpoint.Checkpoints.write_file\n"
+        "checkpoint.Checkpoints.write_file = lambda *arguments: (time.sleep(4), write_file(*arguments))\n"
+    )
+    result = run_group(training_folder, "train", 2, setup=AT_STEP_5 + setup + "send(15)" * signal_at_step_5)
+    assert result["codes"] == ([143, 143] if signal_at_step_5 else [0, 0]), result["printed"]
+    assert signal_at_step_5 or len(read_outputs(training_folder)) >= 5
 
 
 @pytest.mark.slow
@@ -147,4 +187,15 @@ def test_devices_of_different_models_are_warned_of(training_folder, run_group):
     setup = "from gpt2lora.model import device\ndevice.device_name = lambda _: ('NVIDIA A', 'NVIDIA B')[rank]"
     result = run_group(training_folder, "train", 2, setup=setup)
     assert result["codes"] == [0, 0], result["printed"]
-    assert "warning: devices of different models (NVIDIA A, NVIDIA B): bytes may differ" in result["printed"][0]
+    assert "warning: devices of different models (" in result["printed"][0]
+    assert all(f"NVIDIA {name}" in result["printed"][0] for name in "AB")
+
+
+@pytest.mark.slow
+def test_cpus_with_other_instructions_are_warned_of(training_folder, run_group):
+    tiny.set_param(training_folder, "train.accumulation_steps", 2)
+    setup = "from gpt2lora.distributed import facts\nfacts.cpu_kernels = lambda: [('AVX2', 'AVX512')[rank]]"
+    result = run_group(training_folder, "train", 2, setup=setup)
+    assert result["codes"] == [0, 0], result["printed"]
+    line = "warning: devices of different models (CPU (1 threads), AVX2, CPU (1 threads), AVX512): bytes may differ"
+    assert line in result["printed"][0]

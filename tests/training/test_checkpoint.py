@@ -15,6 +15,7 @@ from dvc_yaml import declared_params, imported_files
 from training_runs import checkpoint_files, read_outputs, run_stage
 
 from gpt2lora.dataset import blocks
+from gpt2lora.distributed import facts
 from gpt2lora.pipeline.cli import StageError
 from gpt2lora.training import checkpoint, loop
 from stages import train
@@ -252,7 +253,7 @@ def test_the_key_covers_parameters_inputs_code_and_device(tmp_path, monkeypatch)
     code.write_text("code")
 
     def key(lr: float = 1e-3, device: str = "CPU") -> str:
-        return checkpoint.run_key(checkpoint.run_facts({"train": {"learning_rate": lr}}, [folder], [code]), device)
+        return checkpoint.run_key(facts.run_facts({"train": {"learning_rate": lr}}, [folder], [code]), device)
 
     keys = [key(), key(lr=1.0000001e-3), key(device="GPU")]
     assert key() == keys[0]
@@ -269,7 +270,7 @@ def test_the_key_covers_parameters_inputs_code_and_device(tmp_path, monkeypatch)
 
 
 def test_the_key_covers_the_code_that_dvc_tracks():
-    code = {file.relative_to(tiny.ROOT).as_posix() for file in checkpoint.code_files(Path(train.__file__))}
+    code = {file.relative_to(tiny.ROOT).as_posix() for file in facts.code_files(Path(train.__file__))}
     assert imported_files("train", tiny.ROOT) - code == {"stages/__init__.py"}
 
 
