@@ -264,7 +264,7 @@ def test_the_key_covers_parameters_inputs_code_and_device(tmp_path, monkeypatch)
     code.write_text("other")
     keys.append(key())
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "version", lambda name: "0")
+        patch.setattr(facts, "version", lambda name: "0")
         keys.append(key())
     assert len(set(keys)) == len(keys)
 
