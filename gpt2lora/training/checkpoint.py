@@ -120,7 +120,7 @@ class Checkpoints:
         others = [path for path in self.folder.parent.glob("*") if path != self.folder]
         if self.interval and others:
             echo(
-                f"train: starts anew: the checkpoints in {self.folder.parent} are of {len(others)} other runs, with "
+                f"train: starts anew: the checkpoints in {self.folder.parent} are of other runs ({len(others)}), with "
                 "other parameters, data, code, packages, processor or number of its threads"
             )
 

@@ -150,7 +150,9 @@ def test_a_changed_parameter_starts_a_new_run(training_folder, stop_training):
     before = checkpoint_files()
     parameters = Path("params.yaml").read_text()
     tiny.set_param(training_folder, "train.learning_rate", 3e-3)
-    assert "resuming" not in run_stage(train.main)
+    output = run_stage(train.main)
+    assert "resuming" not in output
+    assert "train: starts anew: the checkpoints in data/.checkpoints are of other runs (1), with other" in output
     assert checkpoint_files() == before
     changed = read_outputs(training_folder)
     Path("params.yaml").write_text(parameters)
