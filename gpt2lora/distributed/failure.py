@@ -27,8 +27,10 @@ def is_first(error: BaseException, store: dist.Store) -> bool:
     stop_watching()
     if isinstance(error, SystemExit) and error.code in (0, 130, 143):
         return True
-    if isinstance(error, KeyboardInterrupt) and os.environ["RANK"] != "0":
-        raise SystemExit(130) from None  # rank 0 says it
+    if isinstance(error, KeyboardInterrupt):
+        if os.environ["RANK"] != "0":
+            raise SystemExit(130) from None  # rank 0 says it
+        return True
     try:
         if isinstance(error, PeerError):
             return _explain(error, store)
