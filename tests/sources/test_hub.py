@@ -65,6 +65,7 @@ def test_base_and_prepare_write_what_the_hub_serves(hub, home, project, repos, t
         assert text == "".join(row or " \n" for row in rows)
 
 
+@pytest.mark.slow
 def test_an_adapter_beside_a_model_is_refused_before_its_weights_come(hub, home, project, repos, tiny_model):
     folder = shutil.copytree(tiny_model, home.parent / "repository")
     (folder / "adapter_config.json").write_text("{}")
