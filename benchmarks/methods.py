@@ -106,8 +106,8 @@ def in_parallel(
     with ThreadPoolExecutor(jobs) as pool:
         while True:
             planned = plan(names, records) if time.monotonic() < deadline else []
-            todo = [run for run in planned if run not in started and run not in done(planned, records)]
-            chosen = todo[: jobs - len(running)]
+            skipped = started.union(done(planned, records))
+            chosen = [run for run in planned if run not in skipped][: jobs - len(running)]
             started |= set(chosen)
             running |= {pool.submit(work, run) for run in chosen}
             if not running:

@@ -76,8 +76,13 @@ def sweep(method: str, records: Records) -> list[Run]:
 
 def finals(method: str, records: Records) -> list[Run]:
     """Return the runs at the best learning rate, over all seeds; none before the sweep is done, or if it failed."""
-    runs = sweep(method, records)
-    rate = best_rate(runs, records) if all(run.key in records for run in runs) else None
+    is_swept = all(run.key in records for run in sweep(method, records))
+    return at_best_rate(method, records) if is_swept else []
+
+
+def at_best_rate(method: str, records: Records) -> list[Run]:
+    """Return the runs at the best learning rate so far, over all seeds."""
+    rate = best_rate(sweep(method, records), records)
     return [Run(method, rate, seed) for seed in SEEDS] if rate else []
 
 
@@ -94,5 +99,4 @@ def done(runs: list[Run], records: Records) -> list[Run]:
 
 def tuned(method: str, records: Records) -> list[Run]:
     """Return the runs on record at the best learning rate so far, by seed."""
-    rate = best_rate(sweep(method, records), records)
-    return done([Run(method, rate, seed) for seed in SEEDS], records) if rate else []
+    return done(at_best_rate(method, records), records)

@@ -92,8 +92,8 @@ def evaluate(raw: Path, tokens: Path, base: Path, adapter: Path, loss: Path, out
     dtype = device.compute_dtype(options.precision, target)
     precision = str(dtype).removeprefix("torch.")
     decisive = facts.run_facts(vars(options), (raw, tokens, base, adapter), facts.code_files(Path(__file__)))
-    name = facts.describe_device(target, device.device_name(target))
-    group.check_same(decisive | {"precision (evaluate.precision)": precision}, name)
+    described = facts.describe_device(target, device.device_name(target))
+    group.check_same(decisive | {"precision (evaluate.precision)": precision}, described)
     prompts = choose_prompts(text, tokenizer, manifest["block_size"], manifest["prefix"])
     scores, metrics, samples = {}, {}, [prompts.ids]
     for name, load in (
@@ -123,7 +123,7 @@ def evaluate(raw: Path, tokens: Path, base: Path, adapter: Path, loss: Path, out
     outputs = {"base": base, "prepare": raw, "tokenize": tokens, "train": adapter}
     records = {stage: environment.read_record(folder, stage) for stage, folder in outputs.items()}
     method, quantization = loading.read_method(adapter)
-    described = {
+    ran = {
         "method": report.describe_method(method, quantization),
         "trained_by": method,
         "base_bits": quantization and quantization.bits,
@@ -132,7 +132,7 @@ def evaluate(raw: Path, tokens: Path, base: Path, adapter: Path, loss: Path, out
         "precision": precision,
         "processes": processes,
     }
-    records["evaluate"] = environment.describe_run(started, **described)
+    records["evaluate"] = environment.describe_run(started, **ran)
     decoded = [[tokenizer.decode(ids) for ids in column] for column in samples]
     text = "".join(shown.texts) if passage.has_undrawable(shown) else ""
     report.write_report(out.parent, metrics, records, list(zip(*decoded, strict=True)), text)

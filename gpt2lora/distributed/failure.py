@@ -36,13 +36,18 @@ def is_first(error: BaseException, store: dist.Store) -> bool:
             return _explain(error, store)
         time.sleep(0.3 * (os.environ["RANK"] != "0"))  # what goes wrong everywhere is said by rank 0
         first = store.add("failures", 1) == 1
-        if first and os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-            time.sleep(3)  # it holds the store, from which the others learn that it failed
+        if first and holds_store():
+            time.sleep(3)  # until the others have learned from the store that it failed
         return first
     except RuntimeError:  # the store is gone, with the process that held it
         if isinstance(error, PeerError):
             error.message = f"rank 0 of {os.environ['WORLD_SIZE']} ended: all others stop ({error.message})"
         return True
+
+
+def holds_store() -> bool:
+    """Tell whether the group's store ends with this process: rank 0 holds it, unless the launcher does."""
+    return os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
 
 def _explain(error: PeerError, store: dist.Store) -> bool:

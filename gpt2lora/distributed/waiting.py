@@ -64,8 +64,7 @@ def finish(store: dist.Store, limit: timedelta) -> None:
         store.add("left", 1)
         return
     store.set("written", "")
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        return  # the launcher holds the store, not this process
-    deadline = time.monotonic() + LEAVE_SECONDS
-    while store.add("left", 0) < int(os.environ["WORLD_SIZE"]) - 1 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    if failure.holds_store():
+        deadline = time.monotonic() + LEAVE_SECONDS
+        while store.add("left", 0) < int(os.environ["WORLD_SIZE"]) - 1 and time.monotonic() < deadline:
+            time.sleep(0.01)
