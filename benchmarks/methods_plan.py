@@ -16,8 +16,8 @@ METHODS: dict[str, dict[str, Any]] = {  # what differs from params.yaml; method 
     "dora": {"lora.use_dora": True},
     "lora-plus": {"train.lora_plus_ratio": 16.0},
     **{f"lora-r{r}-alpha32": {"lora.r": r, "lora.alpha": 32} for r in (8, 64, 128)},
-    "lora-batch-32": {"train.batch_size": 32},
-    "full-batch-32": {"method": "full", "train.batch_size": 32},
+    "lora-batch-32": {"train.accumulation_steps": 4},  # steps of 32 rows, in the memory of 8
+    "full-batch-32": {"method": "full", "train.accumulation_steps": 4},
     **{init: {"lora.init": init} for init in ("pissa", "olora", "orthogonal")},
     "qlora-fp4": QLORA | {"methods.qlora.quant_type": "fp4"},
     "qlora-loftq": QLORA | {"lora.init": "loftq"},
