@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from gpt2lora.distributed import failure, waiting
 from gpt2lora.distributed.failure import PeerError
-from gpt2lora.pipeline.cli import StageError, echo
+from gpt2lora.pipeline.cli import StageError, echo, out_of_memory_advice
 
 JOIN_TIMEOUT = timedelta(seconds=50)  # until all processes have started
 TIMEOUT = timedelta(minutes=3)  # until a process that does not answer is given up
@@ -121,7 +121,7 @@ def peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if out_of_memory_advice(error):
             raise
         raise PeerError(first_line(error)) from error
 

@@ -64,7 +64,8 @@ def causal_attention(
             output = unfused_attention(query, key, value, allowed, dropout, scaling, softcap, s_aux)
         else:
             if allowed is not None and query.device.type == "cuda":
-                # With a mask and fewer heads of keys, CUDA has only the kernel that writes all scores to memory.
+                # Flash takes no mask, the memory-efficient kernel no fewer heads of keys: without cuDNN, what is left
+                # is the kernel that writes all scores to memory.
                 key, value = repeat_heads(key, value, query.shape[1])
             output = F.scaled_dot_product_attention(
                 query,

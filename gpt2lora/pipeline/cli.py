@@ -61,9 +61,11 @@ def command(main: Callable) -> click.Command:
 
 def out_of_memory_advice(error: Exception) -> str | None:
     """Return where the memory was too small and what to do, or None if the error is another one."""
-    if type(error).__name__ == "OutOfMemoryError":  # torch.OutOfMemoryError, without importing torch
+    # The first is torch.OutOfMemoryError, without importing torch; the others are the words of the GPU's libraries.
+    text = str(error)
+    if type(error).__name__ == "OutOfMemoryError" or "_ALLOC_FAILED" in text or "CUDA error: out of memory" in text:
         return "on the GPU: lower the stage's batch_size, or end other programs that use the GPU (nvidia-smi)"
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+    if isinstance(error, MemoryError) or "can't allocate memory" in text:
         return "on the CPU: lower lora.r or the stage's batch_size, or end other programs that use the memory"
     return None
 

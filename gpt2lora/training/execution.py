@@ -11,7 +11,7 @@ import contextlib
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -27,6 +27,7 @@ from gpt2lora.model.errors import first_line
 from gpt2lora.model.head import body_and_head
 from gpt2lora.pipeline import params
 from gpt2lora.pipeline.cli import echo
+from gpt2lora.training.cuda_graph import capture_cuda_graph
 from gpt2lora.training.loss import CHUNK_TOKENS, nll_sum, softmax_nll
 
 COMPILE_THRESHOLD = 5e14  # parameters times tokens of a run, above which compilation saves more time than it takes
@@ -63,7 +64,7 @@ class Backward:
 
 
 def prepare_backward(
-    model: torch.nn.Module, train: Blocks, batch_size: int, compiled: str, steps: int, dtype: torch.dtype
+    model: torch.nn.Module, train: Blocks, batch_size: int, compiled: str, batches: int, dtype: torch.dtype
 ) -> Backward:
     """Choose how to compute gradients, print the choice and its reason, and compile and capture what is needed.
 
@@ -72,10 +73,11 @@ def prepare_backward(
 
     Args:
         compiled: train.compile: "auto", "always" or "never".
+        batches: of the whole run, by all processes.
     """
     device = next(model.parameters()).device
     shape = (batch_size, train.width)
-    mode, reason = choose_execution(model, train, steps * shape[0] * shape[1], compiled, device)
+    mode, reason = choose_execution(model, train, batches * shape[0] * shape[1], compiled, device)
     random_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     for attempt in MODES[MODES.index(mode) : -1]:
         backward, failure = None, "in another process"
@@ -125,16 +127,6 @@ def restore_eager(model: torch.nn.Module, device: torch.device, random_state: to
     generator.graphsafe_set_state(generator.clone_state())
     torch.cuda.set_rng_state(random_state, device)
     torch.cuda.empty_cache()
-
-
-@contextlib.contextmanager
-def sync_is_error() -> Iterator[None]:
-    """Let whatever waits for the GPU raise RuntimeError."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def choose_execution(
@@ -193,71 +185,6 @@ def make_backward(model: torch.nn.Module, dtype: torch.dtype, softmax: Callable)
 
     _, head = body_and_head(model)
     return compute_in_parts if head is None else compute
-
-
-def capture_cuda_graph(
-    model: torch.nn.Module, compute: Callable, shape: tuple[int, int], device: torch.device
-) -> tuple[Callable, Callable[[], AbstractContextManager]]:
-    """Run `compute` a few times, so that everything is compiled, then capture it.
-
-    Returns:
-        The function that replays the graph, and `share_memory` of Backward.
-    """
-    inputs, targets = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2))
-    count = torch.ones((), device=device)
-    random_state = torch.cuda.get_rng_state(device)
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    torch.cuda.empty_cache()  # free memory of another stream cannot be reused
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            compute(inputs, targets, count)
-        # What waits for the device cannot be captured. Found here, it leaves no half-captured graph.
-        with sync_is_error():
-            compute(inputs, targets, count)
-    torch.cuda.current_stream(device).wait_stream(stream)
-    trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    # Without gradients to add to, the captured backward pass writes its own: no sums, and no second copy in memory.
-    model.zero_grad()
-    torch.cuda.empty_cache()
-    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.MemPool()
-    # The same stream: cuBLAS holds memory for each stream. Other threads, such as NCCL's watchdog, go on meanwhile.
-    with torch.cuda.graph(graph, pool.id, stream, capture_error_mode="thread_local"):
-        nll = compute(inputs, targets, count)
-    written = [parameter.grad for parameter in trained]
-    model.zero_grad()
-    torch.cuda.set_rng_state(random_state, device)
-
-    def replay(*batch: torch.Tensor) -> torch.Tensor:
-        for static, value in zip((inputs, targets, count), batch, strict=True):
-            static.copy_(value)
-        add_gradients(trained, written, graph.replay)
-        return nll
-
-    @contextlib.contextmanager
-    def share_memory() -> Iterator[None]:
-        current = torch.cuda.current_stream(device)
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream), torch.cuda.use_mem_pool(pool, device):
-            yield
-        current.wait_stream(stream)
-
-    return replay, share_memory
-
-
-def add_gradients(trained: list[torch.Tensor], written: list[torch.Tensor], write: Callable[[], None]) -> None:
-    """Call `write`, which overwrites the tensors `written` with a batch's gradients, and add them to the parameters'.
-
-    If the parameters have no gradients yet, they get the tensors in `written` themselves, until the next call.
-    """
-    before = [parameter.grad for parameter in trained]
-    if before[0] is written[0]:
-        before = [each.clone() for each in written]
-    write()
-    if before[0] is not None:
-        torch._foreach_add_(before, written)
-    for parameter, gradient in zip(trained, written if before[0] is None else before, strict=True):
-        parameter.grad = gradient
 
 
 def compile_layers(model: torch.nn.Module) -> None:

@@ -67,7 +67,8 @@ def fit(
     state = resume_state(checkpoints, trained, optimizer, steps)
     state = state or first_state(model, validation, options, dtype, steps, checkpoints)
     model.train()
-    backward = prepare_backward(model, train, options.batch_size, options.compile, steps, dtype)
+    count = steps * options.accumulation_steps
+    backward = prepare_backward(model, train, options.batch_size, options.compile, count, dtype)
     batches = itertools.islice(shuffled_batches(len(train), rows_per_step, options.epochs, seed), state.step, None)
     if state.unvalidated:  # the run that stopped had not validated its last step
         validate(model, validation, backward, state, steps, trained, options, dtype, stops)

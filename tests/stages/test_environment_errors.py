@@ -59,9 +59,16 @@ def test_too_little_cpu_memory_while_loading_is_reported(stage_folder, inputs, m
     assert error_line(train.main, *inputs["train"]).startswith("out of memory on the CPU: lower lora.r or ")
 
 
-def test_too_little_gpu_memory_is_reported_by_any_stage(stage_folder, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_too_little_gpu_memory_is_reported_by_any_stage(stage_folder, monkeypatch, error):
     def fail(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        raise error
 
     monkeypatch.setattr(prepare, "write_corpus", fail)
     errors = run_stage(prepare.main, code=1)

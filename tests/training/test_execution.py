@@ -8,12 +8,13 @@ import functools
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import torch._dynamo
 from small_models import INT8, NF4, fill_factors_b, new_adapter
 from torch._functorch._aot_autograd.autograd_cache import check_cacheable
 from training_steps import make_rows, on_gpu
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import BartConfig, BartForCausalLM, MistralConfig, MistralForCausalLM
 
 from benchmarks import random_inputs, workspace
 from gpt2lora.dataset import blocks
@@ -21,7 +22,7 @@ from gpt2lora.model.device import pick_device
 from gpt2lora.pipeline.artifacts import digests
 from gpt2lora.pipeline.cli import StageError
 from gpt2lora.scoring import log_likelihood
-from gpt2lora.training import accumulation, execution, loop, loss
+from gpt2lora.training import accumulation, cuda_graph, execution, loop, loss
 from gpt2lora.training.loss import IGNORE_INDEX
 
 DEVICE = pick_device()
@@ -75,6 +76,18 @@ def test_the_mode_depends_on_device_rows_method_and_tokens(tiny_model, monkeypat
     chosen = execution.choose_execution(train_model(tiny_model, **changes), split, tokens, compiled, device)
     assert chosen[0] == mode
     assert reason in chosen[1]
+
+
+def test_all_micro_batches_of_a_run_count_for_the_mode(tiny_model, monkeypatch):
+    """Whatever accumulation_steps is, a run of as many tokens is compiled or not; other processes do not change it."""
+    asked = []
+    choose = execution.choose_execution
+    monkeypatch.setattr(execution, "choose_execution", lambda *given: asked.append(given[2]) or choose(*given))
+    split = make_rows([17] * 8)
+    for batch_size, accumulation_steps in ((4, 1), (2, 2), (1, 4)):
+        options = tiny.train_params(batch_size=batch_size, accumulation_steps=accumulation_steps, epochs=3)
+        loop.fit(train_model(tiny_model), split, split, options, 0)
+    assert asked == [3 * 8 * 16] * 3
 
 
 def test_nothing_is_compiled_without_a_compiler_or_triton(tiny_model, monkeypatch):
@@ -170,7 +183,7 @@ def test_gradients_that_each_batch_overwrites_are_summed():
         for parameter in trained:
             parameter.grad = None
         for number, total in ((1.0, 1.0), (2.0, 3.0), (4.0, 7.0)):  # batches
-            execution.add_gradients(trained, written, lambda number=number: [each.fill_(number) for each in written])
+            cuda_graph.add_gradients(trained, written, lambda number=number: [each.fill_(number) for each in written])
             for parameter in trained:
                 assert torch.equal(parameter.grad, torch.full_like(parameter, total))
             if number == 1.0:  # a step of one batch makes no copy
@@ -257,6 +270,20 @@ def test_a_model_that_does_not_compile_is_captured(tiny_model, capsys, monkeypat
     printed = capsys.readouterr().out
     assert printed == "train: captured steps: compiled ones fail: ValueError: the compiler's line\n"
     assert not any(module._compiled_call_impl for module in network.modules())
+    assert take_step(network, backward, split)[0] == pytest.approx(expected_nll, rel=1e-5)
+
+
+@on_gpu
+def test_a_model_whose_masks_depend_on_values_is_captured(tmp_path, capsys):
+    """transformers looks whether a mask hides anything, which waits for the GPU, but not during a capture."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 64}
+    BartForCausalLM(BartConfig(vocab_size=300, max_position_embeddings=64, **sizes)).save_pretrained(tmp_path)
+    network = train_model(tmp_path)
+    split = make_rows([17] * 4)
+    expected_nll, _ = take_step(network, execution.eager_backward(network, FP32), split)
+    backward = execution.prepare_backward(network, split, 4, "never", 1, FP32)
+    assert "train: captured steps" in capsys.readouterr().out
     assert take_step(network, backward, split)[0] == pytest.approx(expected_nll, rel=1e-5)
 
 
