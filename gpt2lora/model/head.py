@@ -123,18 +123,21 @@ def probe_head(network: torch.nn.Module, body: torch.nn.Module, head: OutputHead
         states = outputs.last_hidden_state
         largest = (states.to(head.weight.dtype) @ head.weight.T * head.scale).abs().max()
         outputs.last_hidden_state = states * (PROBE_LOGIT / largest.clamp(min=1e-6)).to(states.dtype)
-        seen.append(outputs.last_hidden_state)
+        seen.append(module)
         return outputs
 
-    hook = body.register_forward_hook(scale_states)
-    try:
-        logits = network(input_ids=inputs, use_cache=False).logits.float()
-    finally:
-        hook.remove()
-    if len(seen) != 1:
-        return float("inf")  # the head reads something else
-    expected = finish_logits(seen[0].float() @ head.weight.float().T, head, vocab_dim=-1)
-    return float((logits - expected).abs().max() / logits.abs().max().clamp(min=1e-6))
+    # OPT, and the decoders of BART and its kin, call the body's only part themselves instead of the body.
+    for part in (body, body.decoder) if hasattr(body, "decoder") else (body,):
+        hook = part.register_forward_hook(scale_states)
+        try:
+            logits = network(input_ids=inputs, use_cache=False).logits.float()
+            if len(seen) == 1:
+                states = body_outputs(body, inputs)
+                expected = finish_logits(states.float() @ head.weight.float().T, head, vocab_dim=-1)
+                return float((logits - expected).abs().max() / logits.abs().max().clamp(min=1e-6))
+        finally:
+            hook.remove()
+    return float("inf")  # the head reads something else
 
 
 def finish_logits(products: torch.Tensor, head: OutputHead, vocab_dim: int) -> torch.Tensor:

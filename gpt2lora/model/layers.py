@@ -24,7 +24,10 @@ def load_config(folder: Path) -> PretrainedConfig:
     require_file(folder / "config.json", "base")
     with loading_errors(folder):
         # Without trust_remote_code=False, transformers asks at the keyboard whether to run a model's own code.
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config.return_dict = True
+    config.output_attentions = config.output_hidden_states = False  # nobody reads them, and most attention has none
+    return config
 
 
 def load_on_meta(folder: Path) -> PreTrainedModel:

@@ -1,10 +1,12 @@
 """Load the base model, in floats or quantized, and the tuned model; read and write method.json beside an adapter."""
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -132,6 +134,19 @@ def write_method(folder: Path, method: str, quantization: QuantizationParams | N
     (folder / METHOD_FILE).write_text(json.dumps(record, indent=2) + "\n")
 
 
+def causal_masks(folder: Path) -> list[str]:
+    """Return the names of the causal masks among stored weights: GPT-Neo, GPT-J and CodeGen once saved theirs."""
+    names = []
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as stored:
+            for name in stored.keys():  # noqa: SIM118, it is no dictionary
+                kind, shape = name.rpartition(".")[2], stored.get_slice(name).get_shape()
+                is_square = len(shape) == 4 and shape[:2] == [1, 1] and shape[2] == shape[3]
+                if (kind in ("bias", "causal_mask") and is_square) or (kind == "masked_bias" and math.prod(shape) == 1):
+                    names.append(name)
+    return names
+
+
 def _load_model(folder: Path, config: PretrainedConfig, **quantized) -> PreTrainedModel:
     with loading_errors(folder):
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -153,7 +168,7 @@ def _load_model(folder: Path, config: PretrainedConfig, **quantized) -> PreTrain
         )
     if missing := sorted(info["missing_keys"]):
         raise StageError(f"{folder}: *.safetensors lack {len(missing)} of the model's weights, {missing[0]} first")
-    if unused := sorted(info["unexpected_keys"]):
+    if unused := sorted(set(info["unexpected_keys"]) - set(causal_masks(folder))):
         raise StageError(
             f"{folder}: *.safetensors hold {len(unused)} weights that config.json has no place for, {unused[0]} first: "
             "not a pair; save the model again with save_pretrained"

@@ -22,6 +22,7 @@ from gpt2lora.pipeline.schemas import TrainParams
 from gpt2lora.training import progress, reduction
 from gpt2lora.training.accumulation import MicroBatch, accumulate_gradients, run_length, split_step
 from gpt2lora.training.divergence import check_finite, check_gradient_norms
+from gpt2lora.training.dropout import set_base_dropout
 from gpt2lora.training.execution import Backward, prepare_backward
 from gpt2lora.training.optimizer import lr_at_step, make_optimizer, set_lr
 from gpt2lora.training.state import History, TrainState
@@ -226,13 +227,3 @@ def shuffled_batches(rows: int, size: int, epochs: int, seed: int) -> Iterator[n
     random = np.random.default_rng(seed)
     for _ in range(epochs):
         yield from np.split(random.permutation(rows), range(size, rows, size))
-
-
-def set_base_dropout(model: torch.nn.Module, dropout: float) -> None:
-    """Set the dropout of the base model; that of the adapters, whose modules are named lora_dropout, stays."""
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Dropout) and "lora_dropout" not in name:
-            module.p = dropout
-        for key, value in vars(module).items():
-            if "dropout" in key and isinstance(value, float):  # attention passes it on to a function
-                setattr(module, key, dropout)

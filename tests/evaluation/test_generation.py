@@ -1,9 +1,11 @@
 """Generation with a cache of the tokens before, and without one for models that transformers has none for."""
 
+import json
+
 import every_model
 import pytest
 import torch
-from small_models import load
+from small_models import load, write_gpt2, write_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 from gpt2lora.evaluation import generation
@@ -27,6 +29,27 @@ def test_a_model_without_a_cache_generates_the_likeliest_tokens(tiny_model, caps
         expected = torch.cat([expected, following[:, None]], 1)
     assert found.tolist() == expected.tolist()
     assert capsys.readouterr().out == tokenizer.decode(found[0]) + "\n", "the prompt is printed once"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"no_repeat_ngram_size": 1},
+        {"suppress_tokens": list(range(150))},
+        {"cache_implementation": "static"},  # a cache whose unfilled places a mask hides
+        {"num_beams": 4, "num_return_sequences": 2},
+        {"return_dict_in_generate": True, "output_scores": True},
+        {"stop_strings": ["a"]},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+@pytest.mark.parametrize("write_model", [write_gpt2, write_llama])
+def test_generation_config_json_changes_nothing(tmp_path, write_model, settings):
+    write_model(tmp_path)
+    ids = torch.tensor([[5, 6, 7]])
+    expected = generation.generate(load(tmp_path), ids, 0, **OPTIONS)
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    assert generation.generate(load(tmp_path), ids, 0, **OPTIONS).tolist() == expected.tolist()
 
 
 def test_a_model_that_cannot_generate_is_refused_in_one_line(tiny_model, monkeypatch):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from head_models import HEADS, write_head_model
 from small_models import IDS, load, on_every_base, write_gpt2, write_llama
+from transformers import BartForCausalLM, OPTForCausalLM
 
 from gpt2lora.dataset.blocks import Blocks
 from gpt2lora.model import head, loading
@@ -62,6 +63,20 @@ def test_the_models_own_logits_give_the_same_loss_gradients_and_scores(tmp_path,
         scores = score_tokens(network, windows, 2, torch.float32, "", (token_nll, token_rank))
         results.append((nll, gradients, [torch.from_numpy(each) for each in scores]))
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("model", [OPTForCausalLM, BartForCausalLM])
+def test_the_head_of_a_model_that_calls_a_part_of_its_body_is_known(tmp_path, capsys, model):
+    sizes = {"vocab_size": 300, "d_model": 32, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64}
+    sizes |= {"num_attention_heads": 2, "decoder_attention_heads": 2, "decoder_layers": 2, "num_hidden_layers": 2}
+    model(model.config_class(max_position_embeddings=64, **sizes)).save_pretrained(tmp_path)
+    network = load(tmp_path)
+    head.check_head(network, 16)
+    assert capsys.readouterr().out == ""
+    body, known = head.body_and_head(network)
+    with torch.no_grad():
+        states, expected = head.body_outputs(body, IDS), network(input_ids=IDS, use_cache=False).logits
+    torch.testing.assert_close(states @ known.weight.T, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_cap_shows_although_the_models_own_logits_are_small():

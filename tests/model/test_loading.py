@@ -5,6 +5,7 @@ import pytest
 import torch
 from bad_input import update_json
 from bitsandbytes.nn import Linear4bit
+from safetensors.torch import load_file, save_file
 from small_models import (
     IDS,
     NF4,
@@ -18,7 +19,15 @@ from small_models import (
 )
 from tiny import low_rank
 from training_steps import LENGTHS, frozen_values, make_rows, step_gradients, trained_values
-from transformers import AutoModelForCausalLM, BigBirdConfig, BigBirdForCausalLM, RwkvConfig, RwkvForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BigBirdConfig,
+    BigBirdForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
+)
 
 from gpt2lora.model import loading, lora
 from gpt2lora.pipeline.cli import StageError
@@ -58,6 +67,35 @@ def test_weights_that_the_configuration_has_no_place_for_are_refused(gpt2_folder
     name = rf"transformer.h.{whole.config.n_layer - 1}.attn.c_attn.weight first"
     with pytest.raises(StageError, match=rf"hold 1[12] weights that config.json has no place for, {name}: not a pair"):
         load(tmp_path)
+
+
+def test_causal_masks_among_the_weights_are_left_out(gpt2_folder, tmp_path):
+    """GPT-Neo, GPT-J and CodeGen once saved theirs."""
+    torch.manual_seed(0)
+    sizes = {"num_layers": 2, "hidden_size": 16, "num_heads": 2, "attention_types": [[["global", "local"], 1]]}
+    GPTNeoForCausalLM(GPTNeoConfig(vocab_size=300, max_position_embeddings=64, **sizes)).save_pretrained(tmp_path)
+    expected = logits(load(tmp_path))
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    for layer in range(2):
+        prefix = f"transformer.h.{layer}.attn.attention"
+        weights[f"{prefix}.bias"] = torch.ones(64, 64, dtype=torch.bool).tril()[None, None]
+        weights[f"{prefix}.masked_bias"] = torch.tensor(-1e9)
+    save_file(weights, file, {"format": "pt"})
+    assert torch.equal(logits(load(tmp_path)), expected)
+    weights["transformer.h.0.attn.attention.q_proj.bias"] = torch.zeros(16)
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(StageError, match=r"hold 1 weights that .*, transformer\.h\.0\.attn\.attention\.q_proj\.bias"):
+        load(tmp_path)
+
+
+def test_what_a_configuration_asks_a_model_to_return_changes_nothing(gpt2_folder, tmp_path):
+    network = AutoModelForCausalLM.from_pretrained(gpt2_folder)
+    network.save_pretrained(tmp_path)
+    update_json(tmp_path / "config.json", return_dict=False, output_attentions=True, output_hidden_states=True)
+    changed = load(tmp_path)
+    assert torch.equal(logits(changed), logits(load(gpt2_folder)))
+    changed.save_pretrained(tmp_path / "again")  # transformers refuses output_attentions with this attention
 
 
 def test_sparse_blocks_of_attention_that_see_ahead_are_refused(tmp_path):

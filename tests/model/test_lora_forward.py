@@ -8,7 +8,7 @@ from small_models import IDS, NF4, float_weight, logits, new_adapter, random_ada
 from transformers.pytorch_utils import Conv1D
 
 from gpt2lora.model import lora, lora_forward
-from gpt2lora.training import loop
+from gpt2lora.training import dropout
 from gpt2lora.training.loss import nll_sum
 
 
@@ -106,7 +106,7 @@ def test_loss_and_gradients_equal_those_of_peft(model_folder, quantization):
         del module.forward  # our forward pass, which hides the one of PEFT's class
     results = []
     for network in (ours, theirs):
-        loop.set_base_dropout(network.train(), 0.0)
+        dropout.set_base_dropout(network.train(), 0.0)
         nll = nll_sum(network, IDS[:, :-1], IDS[:, 1:], torch.float32)
         nll.backward()
         results.append([nll.detach(), *(p.grad for p in network.parameters() if p.requires_grad)])

@@ -11,7 +11,7 @@ from tiny import train_params
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from gpt2lora.dataset.blocks import Blocks
-from gpt2lora.training import loop
+from gpt2lora.training import dropout, loop
 from gpt2lora.training.optimizer import lr_at_step
 
 STEPS, BATCH, TOKENS, SEED = 20, 4, 17, 3
@@ -85,7 +85,7 @@ def test_losses_rates_and_weights_are_those_of_the_trainer(tmp_path, write_model
     split = Blocks(ids, np.full(len(ids), TOKENS), 1)
     ours = new_adapter(tmp_path / "model") if method == "lora" else load(tmp_path / "model")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
-    loop.set_base_dropout(theirs, 0.0)
+    dropout.set_base_dropout(theirs, 0.0)
     if method == "lora":
         names = sorted(ours.peft_config["default"].target_modules)
         theirs = get_peft_model(theirs, LoraConfig(r=4, lora_alpha=8, target_modules=names, task_type="CAUSAL_LM"))

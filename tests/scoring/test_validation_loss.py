@@ -12,7 +12,7 @@ from training_steps import END, LENGTHS, make_rows, step_gradients
 
 from gpt2lora.dataset import blocks
 from gpt2lora.scoring import log_likelihood, windows
-from gpt2lora.training import loop
+from gpt2lora.training import dropout, loop
 
 FP32 = torch.float32
 
@@ -117,7 +117,7 @@ def test_scoring_computes_without_autograd(tuned_model):
 
 def test_scoring_uses_no_dropout(tiny_model):
     network = new_adapter(tiny_model, dropout=0.5)
-    loop.set_base_dropout(network, 0.5)
+    dropout.set_base_dropout(network, 0.5)
     network.train()
     scores = [score_rows(network, make_rows(LENGTHS)) for _ in range(2)]
     assert scores[0] == scores[1]

@@ -22,7 +22,7 @@ from gpt2lora.model.device import pick_device
 from gpt2lora.pipeline.artifacts import digests
 from gpt2lora.pipeline.cli import StageError
 from gpt2lora.scoring import log_likelihood
-from gpt2lora.training import accumulation, cuda_graph, execution, loop, loss
+from gpt2lora.training import accumulation, cuda_graph, dropout, execution, loop, loss
 from gpt2lora.training.loss import IGNORE_INDEX
 
 DEVICE = pick_device()
@@ -35,7 +35,7 @@ def train_model(folder, quantization=None, **changes) -> torch.nn.Module:
     """Return a model in training mode, without dropout in its base, whose adapter has gradients everywhere."""
     network = new_adapter(folder, quantization, **changes)
     fill_factors_b(network, 0.02)
-    loop.set_base_dropout(network, 0.0)
+    dropout.set_base_dropout(network, 0.0)
     return network.train()
 
 

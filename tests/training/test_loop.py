@@ -14,7 +14,6 @@ from training_steps import (
     step_gradients,
     trained_values,
 )
-from transformers import OPTConfig, OPTForCausalLM
 
 from gpt2lora.scoring import log_likelihood
 from gpt2lora.training import loop, optimizer
@@ -134,39 +133,6 @@ def test_losses_are_read_without_waiting_for_later_work():
     losses, norms, _ = fetched()
     assert not torch.cuda.current_stream().query()  # the later work has not ended
     assert (losses, norms) == ([1.0, 2.0], [float(norm) for norm in state.norms])
-
-
-# Dropout
-
-
-def test_base_dropout_does_not_change_the_adapter_s_dropout(tiny_model):
-    network = new_adapter(tiny_model, dropout=0.05)
-    loop.set_base_dropout(network, 0.3)
-    shares = {name: module.p for name, module in network.named_modules() if isinstance(module, torch.nn.Dropout)}
-    adapter = {share for name, share in shares.items() if "lora_dropout" in name}
-    base = {share for name, share in shares.items() if "lora_dropout" not in name}
-    assert (adapter, base) == ({0.05}, {0.3})
-
-
-def test_base_dropout_covers_dropout_that_is_no_module():
-    torch.manual_seed(0)
-    size = {"vocab_size": 50, "hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32, "num_hidden_layers": 1}
-    network = OPTForCausalLM(OPTConfig(**size, num_attention_heads=2, dropout=0.5, attention_dropout=0.5)).train()
-    ids = torch.arange(20)[None]
-    assert not torch.equal(network(input_ids=ids).logits, network(input_ids=ids).logits)
-    loop.set_base_dropout(network, 0.0)
-    assert torch.equal(network(input_ids=ids).logits, network(input_ids=ids).logits)
-
-
-def test_base_dropout_of_0_replaces_that_of_the_model_s_config(tiny_model):
-    network, train = new_adapter(tiny_model), make_rows(LENGTHS)
-    assert network.get_base_model().config.resid_pdrop == 0.1
-    loop.fit(network, train, train, train_params(), seed=0)
-    network.train()
-    ids = torch.arange(20)[None]
-    assert torch.equal(network(input_ids=ids).logits, network(input_ids=ids).logits)
-    loop.set_base_dropout(network, 0.1)
-    assert not torch.equal(network(input_ids=ids).logits, network(input_ids=ids).logits)
 
 
 # Runs
