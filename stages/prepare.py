@@ -2,7 +2,7 @@
 
 in   params.yaml: preset, presets.<preset>.dataset, .dataset_config, .dataset_revision, .text_column, prepare.*, seed
 out  data/raw/{train,validation,test}.txt, UTF-8: texts whose articles begin at titles; or .jsonl: a document a line
-     data/raw/manifest.json: their digests, and what was changed, dropped, cut from train, or kept
+     data/raw/manifest.json: their digests, and what was changed, dropped, cut from train, kept, or not used
      data/environment/prepare.json: hardware, versions and duration
 """
 
@@ -68,13 +68,18 @@ def write_corpus(
         splits.distribute(marked, splits.assign(len(texts), shares, seed), files)
         return {}
     if source := local.resolve_local_path(f"presets.{name}.dataset", dataset, preset.dataset_revision):
-        changes = user_files.write_splits(source, preset.text_column, separator, folder)
+        changes, unused = user_files.write_splits(source, preset.text_column, separator, folder)
         user_files.warn_about_json(source, folder)
     else:
         user_files.refuse_separator(separator, dataset)
         rows = hub.fetch_dataset(dataset, preset.dataset_config, preset.dataset_revision, preset.text_column)
-        changes = user_files.write_hub_rows(user_files.read_splits(rows, dataset), folder)
+        used, unused = user_files.read_splits(rows, dataset)
+        changes = user_files.write_hub_rows(used, folder)
     facts = describe_changes(changes)
+    if unused:
+        facts["unused"] = unused
+        names = "train, validation (or valid, dev, val) and test"
+        echo(f"prepare: warning: not used: {', '.join(unused)[:300]}: expected splits named {names}")
     if missing := {split: share for split, share in shares.items() if split not in changes}:
         facts["cut_from_train"] = cut = splits.cut_splits(folder, missing, seed, str(dataset))
         sizes = ", ".join(f"{split} {count:,}" for split, count in cut.items() if split != "unit")

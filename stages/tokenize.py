@@ -61,7 +61,7 @@ def main(raw: Path, base: Path, out: Path) -> None:
         folder.mkdir()
         for split in blocks.SPLITS:
             file, label = find_split(raw, split), f"tokenize {split}"
-            counts, found = Counter(texts=0, tokens=0), watch_special_tokens(base, tokenizer)
+            counts, found = Counter(texts=0, tokens=0), watch_special_tokens(base, tokenizer, end)
             if tokenize.layout == "packed":
                 marked = read_marked(file, PIECE_CHARACTERS, label)
                 stream = encode_articles(tokenizer, marked, end, dtype, counts, found)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt2lora.corpus.text_files import COMPRESSED, read_lines
+from gpt2lora.pipeline import params
 from gpt2lora.pipeline.cli import StageError
 from gpt2lora.sources.hub import ENVIRONMENT
 
@@ -137,8 +138,12 @@ def read_column(table: "Dataset | IterableDataset", column: str, name: str) -> I
     yield from check_texts(texts(), name, column)
 
 
-def check_column(column: str, names: list[str], table: Path | str) -> None:
-    """Refuse a table without the column."""
+def check_column(column: str | None, names: list[str], table: Path | str) -> None:
+    """Refuse a table without the column, or with two of this name."""
+    if column is None:
+        raise params.null_column(names, table)
+    if names.count(column) > 1:
+        raise StageError(f"{table}: {names.count(column)} columns {column!r}: expected one of this name")
     if column not in names:
         known = ", ".join(names)[:300]
         raise StageError(f"{table}: no column {column!r}, only {known}: set text_column, beside dataset in params.yaml")

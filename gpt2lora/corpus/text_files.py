@@ -5,6 +5,7 @@ import functools
 import gzip
 import importlib.util
 import io
+import itertools
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -16,6 +17,18 @@ from gpt2lora.pipeline.cli import StageError
 PIECE_BYTES = 1_000_000
 COMPRESSED = (".gz", ".zst")
 BYTE_ORDER_MARK = "\ufeff"
+# The first bytes of files that are no text, what they are, and what to do.
+OTHER_FILES = {
+    b"PK\3\4": ("a ZIP archive", "unpack it, and name the text or table in it"),
+    b"\x1f\x8b": ("gzip data", "decompress it"),
+    b"\x28\xb5\x2f\xfd": ("zstd data", "decompress it"),
+    b"BZh": ("bzip2 data", "decompress it"),
+    b"\xfd7zXZ\0": ("xz data", "decompress it"),
+    b"PAR1": ("a Parquet table", "end its name with .parquet"),
+    b"ARROW1": ("an Arrow table", "save it as Parquet, or as a folder by save_to_disk of datasets"),
+    b"\xff\xff\xff\xff": ("an Arrow stream", "give the whole folder of save_to_disk, or save it as Parquet"),
+    b"%PDF-": ("a PDF document", "save it as plain text"),
+}
 
 
 def read_pieces(path: Path, counts: Counter) -> Iterator[str]:
@@ -62,13 +75,24 @@ def decode(path: Path) -> Iterator[str]:
         try:
             text = decoder.decode(data, final=not data)
         except UnicodeDecodeError as error:
+            refuse_other_files(path)
             raise StageError(
                 f"{path}: not UTF-8 at byte {start + error.start:,}: {error.reason}; convert the file to UTF-8"
             ) from error
         if "\0" in text:
+            refuse_other_files(path)
             raise StageError(f"{path}: holds NUL characters, as texts in UTF-16 do: convert the file to UTF-8")
         yield text
         position += len(data)
+
+
+def refuse_other_files(path: Path) -> None:
+    """Refuse a file whose first bytes, decompressed by its suffix, are those of no text."""
+    first = b"".join(itertools.islice(read_bytes(path), 8))
+    inside = "decompressed, it " if path.suffix.lower() in COMPRESSED else ""
+    for start, (kind, advice) in OTHER_FILES.items():
+        if first.startswith(start):
+            raise StageError(f"{path}: {inside}holds {kind}, not a text: {advice}")
 
 
 def read_bytes(path: Path) -> Iterator[bytes]:

@@ -16,13 +16,15 @@ from gpt2lora.pipeline.cli import StageError, echo
 from gpt2lora.sources.hub import restore_line
 
 SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "dev", "val"), "test": ("test",)}
-SHARD = re.compile(r"(\w+?)(?:[-_]\d+(?:-of-\d+)?)?")  # train, or train-00000-of-00002
+SHARD = re.compile(r"(\w+?)(?:[-_](\d{1,18})(?:[-_]of[-_](\d{1,18}))?)?")  # train, train_0, or train-00000-of-00002
 SEPARATOR_KEY = "prepare.document_separator"
 FIRST_ROWS = 1000  # of a dataset on the hub: they show what a row is
 
 
-def write_splits(source: Path, column: str | None, separator: str | None, folder: Path) -> dict[str, Counter]:
-    """Write the splits of a file or folder into `folder`; return what was changed in each.
+def write_splits(
+    source: Path, column: str | None, separator: str | None, folder: Path
+) -> tuple[dict[str, Counter], list[str]]:
+    """Write the splits of a file or folder into `folder`; return what was changed in each, and what was not used.
 
     A single file becomes `train`.
 
@@ -32,10 +34,10 @@ def write_splits(source: Path, column: str | None, separator: str | None, folder
     """
     if source.is_dir() and any((source / name).is_file() for name in SAVED):
         refuse_separator(separator, source)
-        splits = read_splits(read_saved(source), source)
+        splits, unused = read_splits(read_saved(source), source)
         rows = {split: read_column(saved, column, f"{source}, {split}") for split, saved in splits.items()}
-        return {split: write_rows(texts, folder, split, normalize=True) for split, texts in rows.items()}
-    files = find_files(source) if source.is_dir() else {"train": [source]}
+        return {split: write_rows(texts, folder, split, normalize=True) for split, texts in rows.items()}, unused
+    files, unused = find_files(source) if source.is_dir() else ({"train": [source]}, [])
     found, changes = Counter(), {}
     for split, paths in files.items():
         changes[split] = counts = Counter()
@@ -50,7 +52,7 @@ def write_splits(source: Path, column: str | None, separator: str | None, folder
             write_rows(documents, folder, split, normalize=False)
     if separator is not None and not sum(found.values()):
         raise params.invalid(SEPARATOR_KEY, separator, f"a string that stands in {source}, or null")
-    return changes
+    return changes, unused
 
 
 def write_rows(texts: Iterable[str | None], folder: Path, split: str, normalize: bool) -> Counter:
@@ -90,16 +92,20 @@ def refuse_separator(separator: str | None, source: Path | str) -> None:
         raise params.invalid(SEPARATOR_KEY, separator, f"null, since {source} has documents of its own")
 
 
-def read_splits(splits: dict, source: Path | str) -> dict:
-    """Return `splits`, a dictionary by their usual names, by the names of this pipeline."""
+def read_splits(splits: dict, source: Path | str) -> tuple[dict, list[str]]:
+    """Return `splits`, a dictionary by their usual names, by the names of this pipeline, and which were not used."""
     named = {split: [name for name in names if name in splits] for split, names in SPLIT_NAMES.items()}
     if not named["train"]:
         raise StageError(f"{source}: no split train, only {', '.join(splits)}")
-    return {split: splits[names[0]] for split, names in named.items() if names}
+    used = {split: names[0] for split, names in named.items() if names}
+    return {split: splits[name] for split, name in used.items()}, [name for name in splits if name not in used.values()]
 
 
-def find_files(folder: Path) -> dict[str, list[Path]]:
-    """Return the files of each split in a folder, or in its subfolder `data`: one, or the shards of a table."""
+def find_files(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
+    """Return the files of each split in a folder, or in its subfolder `data`: one, or the shards of a table.
+
+    Also return the names of the other texts and tables there, and of what is named like a split.
+    """
     places = [place for place in (folder, folder / "data") if place.is_dir()]
     for place in places:
         files: dict[str, list[Path]] = {}
@@ -109,7 +115,9 @@ def find_files(folder: Path) -> dict[str, list[Path]]:
         if "train" in files:
             for paths in files.values():
                 check_shards(paths)
-            return {split: files[split] for split in SPLIT_NAMES if split in files}
+            used = {path for paths in files.values() for path in paths}
+            unused = [str(path.relative_to(folder)) for path in list_candidates(places) if path not in used]
+            return {split: files[split] for split in SPLIT_NAMES if split in files}, unused
     names = ", ".join(sorted(path.name for path in folder.iterdir())) or "no files"
     raise StageError(
         f"{folder}: no train.txt among {names[:200]}: expected train.txt, validation.txt (or valid, dev) and test.txt, "
@@ -117,24 +125,69 @@ def find_files(folder: Path) -> dict[str, list[Path]]:
     )
 
 
+def list_candidates(places: list[Path]) -> Iterator[Path]:
+    """Yield the texts and tables in some folders, and all else there that is named like a split, such as `test.md`."""
+    for path in (path for place in places for path in sorted(place.iterdir())):
+        if named_split(path) or (is_text_or_table(path) and path.is_file()):
+            yield path
+
+
 def split_of(path: Path) -> str | None:
-    """Return the split that a file's name stands for, None for another file."""
-    stem, *suffixes = path.name.lower().split(".")
+    """Return the split that a file's name stands for, None for another file; refuse a link to nothing."""
+    split = named_split(path) if is_text_or_table(path) else None
+    if split and path.is_symlink() and not path.exists():
+        raise StageError(f"{path}: a link to {path.readlink()}, which does not exist: mend the link, or remove it")
+    return split if path.is_file() else None
+
+
+def is_text_or_table(path: Path) -> bool:
+    """Tell whether a name is that of a text or table, compressed or not."""
+    suffixes = path.name.lower().split(".")[1:]
     if suffixes and f".{suffixes[-1]}" in COMPRESSED:
         suffixes.pop()
-    known = len(suffixes) == 1 and f".{suffixes[0]}" in (TEXT, *SUFFIXES)
-    shard = SHARD.fullmatch(stem)
-    if not (known and shard and path.is_file()):
-        return None
-    return next((split for split, names in SPLIT_NAMES.items() if shard[1] in names), None)
+    return len(suffixes) == 1 and f".{suffixes[0]}" in (TEXT, *SUFFIXES)
+
+
+def named_split(path: Path) -> str | None:
+    """Return the split that the first part of a name stands for, None if it stands for none."""
+    shard = parse_shard(path)
+    return next((split for split, names in SPLIT_NAMES.items() if shard and shard[1] in names), None)
+
+
+def parse_shard(path: Path) -> re.Match | None:
+    """Return the parts of a file's name: a word, the number of the shard, and of how many it is one."""
+    return SHARD.fullmatch(path.name.lower().split(".")[0])
 
 
 def check_shards(paths: list[Path]) -> None:
-    """Refuse several files of one split, unless they are shards of a table."""
-    shards = all(SHARD.fullmatch(path.name.split(".")[0])[1] != path.name.split(".")[0] for path in paths)
-    if len(paths) > 1 and not (shards and len({table_suffix(path) for path in paths} - {None}) == 1):
+    """Refuse several files of one split, unless they are all the shards of one table."""
+    shards = [parse_shard(path) for path in paths]
+    one_table = all(shard[2] for shard in shards) and len({table_suffix(path) for path in paths} - {None}) == 1
+    if len(paths) > 1 and not one_table:
         names = ", ".join(path.name for path in paths)
         raise StageError(f"{paths[0].parent}: {names}: expected one file for a split, or the shards of one table")
+    if shards[0][2]:
+        totals = {int(shard[3] or 0) for shard in shards}
+        check_numbers([int(shard[2]) for shard in shards], totals, paths)
+
+
+def check_numbers(numbers: list[int], totals: set[int], paths: list[Path]) -> None:
+    """Refuse shards of which some are missing or there twice, or that are not of one table.
+
+    Args:
+        numbers: of the shards, counted from 0 or 1. Where no total is named, other numbers are names, such as years.
+        totals: that the shards name, 0 for none.
+    """
+    total = max(totals)
+    if total:
+        first = int(0 not in numbers and total in numbers)
+        expected = range(first, first + total)
+    else:
+        expected = range(min(numbers), max(numbers) + 1) if min(numbers) <= 1 else sorted(set(numbers))
+    if len(totals) > 1 or len(numbers) != len(expected) or sorted(numbers) != list(expected):
+        names = ", ".join(path.name for path in paths)[:200]
+        missing = next((f": number {number} is missing" for number in expected if number not in numbers), "")
+        raise StageError(f"{paths[0].parent}: {names}: expected each shard of one table once{missing}")
 
 
 def warn_about_json(source: Path, folder: Path) -> None:

@@ -7,6 +7,7 @@ or the marks of a chat's turns.
 
 import functools
 import json
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,18 +48,29 @@ class Occurrences:
 
 
 def special_token(base: Path, name: str) -> str | None:
-    """Return the text of a special token of tokenizer_config.json, such as "bos_token", or None."""
-    settings = base / "tokenizer_config.json"
-    token = read_json(settings, "base").get(name) if settings.is_file() else None
+    """Return the text of a special token, such as "bos_token", or None.
+
+    As transformers 5 has it: special_tokens_map.json goes before tokenizer_config.json, unless the latter has a key
+    `added_tokens_decoder`, with which it is complete.
+    """
+    settings = read_settings(base / "tokenizer_config.json")
+    if "added_tokens_decoder" not in settings:
+        settings |= read_settings(base / "special_tokens_map.json")
+    token = settings.get(name)
     if isinstance(token, dict):
         token = token.get("content")
     return token if isinstance(token, str) else None
 
 
+def read_settings(file: Path) -> dict:
+    """Return a JSON file of the base; {} if there is none."""
+    return read_json(file, "base") if file.is_file() else {}
+
+
 def control_tokens(base: Path, tokenizer: "Tokenizer", prefix: Iterable[int]) -> set[str]:
     """Return the texts of the control tokens. prefix: ids that the tokenizer puts before every text."""
     named = {special_token(base, f"{role}_token") for role in CONTROL_ROLES}
-    config = read_json(base / "config.json", "base") if (base / "config.json").is_file() else {}
+    config = read_settings(base / "config.json")
     ids = [*prefix]
     for role in CONTROL_ROLES:
         found = config.get(f"{role}_token_id")
@@ -79,22 +91,63 @@ def make_control_letters(tokenizer: "Tokenizer", control: set[str]) -> "Tokenize
             token["special"] = token["content"] in control
         tokenizer = Tokenizer.from_str(json.dumps(settings))
     tokenizer.encode_special_tokens = True
+    cut_control_tokens(tokenizer, control & {token.content for token in added})
     return tokenizer
 
 
-def watch_special_tokens(base: Path, tokenizer: "Tokenizer") -> Occurrences:
-    """Return counts of zero for the special tokens of tokenizer.json. tokenizer: as `load_tokenizer` returns it."""
+def cut_control_tokens(tokenizer: "Tokenizer", control: set[str]) -> None:
+    """Cut control tokens after their first letter where the model would find them in its own vocabulary.
+
+    `encode_special_tokens` keeps only added tokens from being matched. The models of GPT-2 and Llama need no cut.
+    """
+    from tokenizers import Regex
+    from tokenizers.pre_tokenizers import Sequence, Split
+
+    cuts = []
+    for token in sorted(control):
+        first, rest = token[:1], token[1:]
+        if is_matched(tokenizer, token, token) and rest and not is_matched(tokenizer, token, first, rest):
+            pattern = Regex(f"{re.escape(first)}(?={re.escape(rest)})")
+            cuts.append(Split(pattern, "merged_with_previous"))
+    if cuts:  # after the pre-tokenizer's other steps: what is cut then is what the model sees
+        tokenizer.pre_tokenizer = Sequence([*filter(None, [tokenizer.pre_tokenizer]), *cuts])
+
+
+def is_matched(tokenizer: "Tokenizer", token: str, *words: str) -> bool:
+    """Tell whether the tokenizer's model, without its added tokens, finds a token in words that it sees."""
+    try:
+        found = [each.id for word in words for each in tokenizer.model.tokenize(word)]
+    except Exception:  # a model without a token for what it lacks; the library raises plain Exception
+        return True
+    return tokenizer.model.token_to_id(token) in found
+
+
+def watch_special_tokens(base: Path, tokenizer: "Tokenizer", end: int) -> Occurrences:
+    """Return counts of zero for the special tokens of tokenizer.json and the end-of-text id.
+
+    Args:
+        tokenizer: as `load_tokenizer` returns it.
+    """
     settings = read_json(base / "tokenizer.json", "base")
     added = settings.get("added_tokens") or []
     special = {token["content"]: token["id"] for token in added if token.get("special")}
     now = tokenizer.get_added_tokens_decoder()
-    letters = [token for token, id in special.items() if tokenizer.encode_special_tokens and now[id].special]
+    control = [token for token, id in special.items() if tokenizer.encode_special_tokens and now[id].special]
+    # Some cannot be letters: one that is a single letter, or the token for what a model lacks.
+    letters = [token for token in control if special[token] not in encode(tokenizer, token)]
     model = settings["model"]
     unknown = tokenizer.token_to_id(model["unk_token"]) if model.get("unk_token") else model.get("unk_id")
     lossless = not settings.get("normalizer") and (settings.get("decoder") or {}).get("type") == "ByteLevel"
     decode = None if lossless else functools.partial(tokenizer.decode, skip_special_tokens=False)
-    tokens = {id: 0 for token, id in special.items() if token not in letters}
+    uncounted = {*letters, *(token for token in control if special[token] == unknown)}
+    tokens = {id: 0 for token, id in special.items() if token not in uncounted}
+    if end not in special.values():
+        tokens[end] = 0
     return Occurrences(tokens, dict.fromkeys(letters, 0), unknown, decode)
+
+
+def encode(tokenizer: "Tokenizer", text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def describe_special_tokens(found: Occurrences, tokenizer: "Tokenizer", split: str) -> dict[str, dict[str, int] | int]:

@@ -45,7 +45,7 @@ def load_tokenizer(base: Path, special_tokens: bool = False) -> "Tokenizer":
 
 
 def end_of_text_id(base: Path, config: dict, tokenizer: "Tokenizer") -> int:
-    """Return the id that ends a text: eos_token of tokenizer_config.json, else eos_token_id of config.json."""
+    """Return the id that ends a text: eos_token of the tokenizer, else eos_token_id of config.json."""
     token = special_token(base, "eos_token")
     end = tokenizer.token_to_id(token) if token is not None else config.get("eos_token_id")
     if isinstance(end, list) and end:

@@ -87,6 +87,12 @@ def invalid(key: str, value: Any, expected: str) -> StageError:
     return StageError(f"{FILE}: {key}: expected {expected}, not {value!r}")
 
 
+def null_column(columns: Iterable[str], table: Path | str) -> StageError:
+    """Return the error for a table of which no column was named."""
+    key = f"presets.{choice('preset', 'presets')}.text_column"
+    return invalid(key, None, f"one of the columns of {table}: {', '.join(columns)[:300]}")
+
+
 def seen_from(path: Path) -> str:
     """Return words for an error: from where a path that does not exist was looked for."""
     seen = f"seen from {Path.cwd()}"

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from gpt2lora.pipeline import params
 from gpt2lora.pipeline.adapter_files import ADAPTER_CONFIG
 from gpt2lora.pipeline.cli import StageError
 from gpt2lora.sources import hub_download
@@ -90,6 +91,8 @@ def fetch_dataset(
         raise StageError(f"{what}: {error.__cause__ or error}") from error
     for name, rows in splits.items():
         columns = rows.features
+        if column is None:
+            raise params.null_column(columns, what)
         if getattr(columns.get(column), "dtype", None) not in ("string", "large_string"):
             names = ", ".join(columns)
             raise StageError(f"{what}: no column `{column}` of strings in split {name}, only {names}: set text_column")

@@ -9,6 +9,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+from local_preset import write_params
 
 from gpt2lora.corpus import user_files
 from gpt2lora.corpus.tables import read_tables
@@ -56,9 +57,8 @@ def test_every_kind_of_table_gives_its_texts_as_documents(tmp_path, suffix, comp
 
 def test_what_was_left_out_and_normalized_is_counted(tmp_path):
     WRITERS["csv"](tmp_path / "a.csv")
-    assert user_files.write_splits(tmp_path / "a.csv", "text", None, tmp_path) == {
-        "train": {"blank_documents": 2, "line_ends": 1}
-    }
+    changes, unused = user_files.write_splits(tmp_path / "a.csv", "text", None, tmp_path)
+    assert (changes, unused) == ({"train": {"blank_documents": 2, "line_ends": 1}}, [])
 
 
 def test_a_folder_of_tables_has_splits_by_name_and_shards(tmp_path):
@@ -93,6 +93,8 @@ def test_a_folder_of_save_to_disk_is_read(tmp_path, named):
         ("a.csv", "text\nnaïve\n".encode("latin-1"), "not UTF-8 at byte 7: .*; convert the file to UTF-8"),
         ("a.jsonl", b"\n \n", "no column 'text', only : set text_column"),
         ("a.jsonl", b"", "is empty: expected rows with a column 'text'"),
+        ("a.csv", b"text,id,text\na,1,b\n", "2 columns 'text': expected one of this name"),
+        ("a.jsonl", gzip.compress(b'{"text": "a"}'), "holds gzip data, not a text: decompress it"),
         ("a.parquet", b"no table", "not readable as PARQUET: "),
         ("a.parquet.gz", b"x", "Parquet is compressed inside: expected the file without .gz"),
         ("a.jsonl.gz", b"x", "damaged: Not a gzipped file"),
@@ -111,6 +113,15 @@ def test_a_table_that_cannot_be_read_is_one_line(tmp_path, name, data, line):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(StageError, match=f"{name}: {line}"):
         list(read_tables([tmp_path / name], "text"))
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_a_table_without_a_named_column_has_its_columns_named(tmp_path, tiny_corpus, monkeypatch, suffix):
+    monkeypatch.chdir(write_params(tmp_path, tiny_corpus))
+    WRITERS[suffix](tmp_path / f"a.{suffix}")
+    line = f"presets.local.text_column: expected one of the columns of a.{suffix}: .*text.*, not None"
+    with pytest.raises(StageError, match=line):
+        list(read_tables([Path(f"a.{suffix}")], None))
 
 
 def test_other_columns_and_what_a_text_looks_like_change_nothing(tmp_path):

@@ -55,6 +55,29 @@ def test_bytes_that_are_not_utf8_are_named_with_their_position(tmp_path, monkeyp
         read(tmp_path / "a.txt")
 
 
+@pytest.mark.parametrize(
+    ("name", "data", "line"),
+    [
+        ("a.zip", b"PK\3\4\x14\0\0\0\x08\0\xff", "holds a ZIP archive, not a text: unpack it"),
+        ("a.txt", gzip.compress(b"text"), "holds gzip data, not a text: decompress it"),
+        ("a.txt.gz", gzip.compress(gzip.compress(b"text")), "decompressed, it holds gzip data, not a text"),
+        ("a.txt", b"\x28\xb5\x2f\xfd\x04\x00", "holds zstd data, not a text: decompress it"),
+        ("data.arrow", b"ARROW1\0\0text", "holds an Arrow table, not a text: save it as Parquet"),
+        ("data.arrow", b"\xff\xff\xff\xff\x88\1\0\0", "holds an Arrow stream, not a text: give the whole folder"),
+        ("a.txt", b"PAR1\x15\0\x15", "holds a Parquet table, not a text: end its name with .parquet"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_no_text_is_named_by_its_first_bytes(tmp_path, name, data, line):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(StageError, match=f"{name}: {line}"):
+        read(tmp_path / name)
+
+
+def test_a_text_may_begin_like_another_file(tmp_path):
+    (tmp_path / "a.txt").write_text("PAR1 ARROW1 BZh")
+    assert read(tmp_path / "a.txt")[0] == "PAR1 ARROW1 BZh"
+
+
 def test_a_compressed_text_is_decompressed(tmp_path):
     with gzip.open(tmp_path / "a.txt.gz", "wb") as file:
         file.write(b"one\r\ntwo\r\n" * 1000)

@@ -89,6 +89,9 @@ def test_rows_of_another_column_are_documents_and_missing_splits_cut(hub, home, 
     command = [sys.executable, "-m", "stages.prepare"]
     line = tiny.run(project, *command, HF_ENDPOINT=hub.url, HF_HOME=str(home), fails=True).splitlines()[-1]
     assert line.endswith("no column `text` of strings in split train, only body: set text_column")
+    tiny.set_param(project, "presets.gpt2.text_column", None)
+    line = tiny.run(project, *command, HF_ENDPOINT=hub.url, HF_HOME=str(home), fails=True).splitlines()[-1]
+    assert "presets.gpt2.text_column: expected one of the columns of dataset tiny/documents" in line
     tiny.set_param(project, "presets.gpt2.text_column", "body")
     output = tiny.run(project, *command, HF_ENDPOINT=hub.url, HF_HOME=str(home))
     assert "cut validation and test from train, by documents at random: train 8, validation 1, test 1" in output

@@ -31,6 +31,13 @@ def test_two_files_of_one_split_are_reported(stage_folder):
     assert error_line(prepare.main).startswith("corpus: dev.txt, valid.txt: expected one file for a split")
 
 
+def test_a_link_to_nothing_is_refused(stage_folder):
+    (stage_folder / "corpus" / "test.txt").unlink()
+    (stage_folder / "corpus" / "test.txt").symlink_to("/gone/test.txt")
+    line = "corpus/test.txt: a link to /gone/test.txt, which does not exist: mend the link, or remove it"
+    assert error_line(prepare.main) == line
+
+
 @pytest.mark.parametrize(("text", "count"), [("one\ntwo\n", 2), ("", 0)])
 def test_a_text_too_short_to_split_is_refused(stage_folder, text, count):
     (stage_folder / "corpus.txt").write_text(text)
