@@ -1,9 +1,10 @@
-"""Evaluation against the loop of transformers' documentation: windows a second, memory, and the same perplexity.
+"""Evaluation against the loop of transformers' documentation: windows a second, memory, and perplexity.
 
     python -m benchmarks.evaluation --model FOLDER --text FILE [--stride 512] [--windows N]
 
 The loop (https://huggingface.co/docs/transformers/perplexity) reads one window at a time in fp32, and computes logits
-for every position. Ours is the protocol hf of the stage `evaluate`. Both run in one process, each after a warm-up.
+for every position. Ours is the protocol hf of the stage `evaluate`. Both run in one process, each after a warm-up. The
+perplexities differ a little: the loop weighs each window by one target less than it scores.
 """
 
 import gc
@@ -16,6 +17,7 @@ import click
 import numpy as np
 
 from gpt2lora.evaluation import protocols
+from gpt2lora.pipeline import params
 from gpt2lora.pipeline.artifacts import require_file
 from gpt2lora.pipeline.cli import StageError, command, echo
 from gpt2lora.scoring.windows import Windows, sliding_windows
@@ -26,7 +28,7 @@ from gpt2lora.scoring.windows import Windows, sliding_windows
 @click.option("--text", type=Path, required=True, help="A text file, such as WikiText-2's raw test split.")
 @click.option("--stride", type=click.IntRange(1), default=512, show_default=True, help="Tokens between windows.")
 @click.option("--windows", "count", type=click.IntRange(1), help="Windows to measure.  [default: the whole text]")
-@click.option("--precision", default="auto", show_default=True, help="Of ours, as in params.yaml. The loop is fp32.")
+@click.option("--precision", type=click.Choice(params.PRECISIONS), default="auto", help="Of ours. The loop is fp32.")
 def main(folder: Path, text: Path, stride: int, count: int | None, precision: str) -> None:
     """Measure our evaluation against the loop of transformers' documentation."""
     echo("loading torch and transformers")
@@ -40,15 +42,21 @@ def main(folder: Path, text: Path, stride: int, count: int | None, precision: st
     context = choose_block_size(None, AutoConfig.from_pretrained(folder, local_files_only=True).to_dict(), 0)
     if stride > context:
         raise StageError(f"--stride: expected 1 to {context}, the model's context, not {stride}")
-    content = "\n\n".join(protocols.hub_rows(text.read_bytes().decode("utf-8")))
+    try:
+        content = "\n\n".join(protocols.hub_rows(text.read_bytes().decode("utf-8")))
+    except UnicodeDecodeError as error:
+        raise StageError(f"--text {text}: not UTF-8 at byte {error.start:,}: {error.reason}") from error
     (ids,) = encode_texts(load_tokenizer(folder), [content], np.uint32)
     if count:
         ids = ids[: context + (count - 1) * stride]
+    if len(ids) < 2:
+        raise StageError(f"--text {text}: {len(ids)} tokens: expected at least two")
     windows = sliding_windows([ids], context, stride)
     target = device.pick_device()
     dtype = device.compute_dtype(precision, target)
     name = device.device_name(target)
-    echo(f"{len(ids):,} tokens, {len(windows)} windows of {context} at a stride of {stride}; {name}\n")
+    precision = str(dtype).removeprefix("torch.")
+    echo(f"{len(ids):,} tokens, {len(windows)} windows of {context} at a stride of {stride}; {name}, {precision}\n")
     ours = measure(target, *our_evaluation(folder, windows, dtype), len(windows))
     loop = measure(target, *documentation_loop(folder, ids, context, stride, target))
     echo(f"{'':14}{'windows/s':>12}{'peak memory, GB':>18}{'perplexity':>14}")

@@ -48,6 +48,8 @@ def main(
     """Train and evaluate METHODS, and write their tables."""
     deadline = time.monotonic() + seconds
     settings = workspace.settings(items)
+    if unknown := [pattern for pattern in only if not any(fnmatch(name, pattern) for name in METHODS)]:
+        raise StageError(f"--only {unknown[0]}: there are {', '.join(METHODS)}")
     names = [name for name in METHODS if not only or any(fnmatch(name, pattern) for pattern in only)]
     shared = prepare(base, corpus, out, settings)
     conditions = workspace.environment() | {"jobs": jobs}

@@ -17,7 +17,9 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import click
@@ -46,9 +48,9 @@ QUEUED = 8
 
 @command
 @click.option("--rows", "names", multiple=True, help="Only this row; may be repeated.  [default: all]")
-@click.option("--gpus", "counts", type=int, multiple=True, default=(1, 2, 4), show_default=True)
-@click.option("--size", default="124M", show_default=True, help="Of the model with random weights.")
-@click.option("--block-size", type=int, default=1024, show_default=True)
+@click.option("--gpus", "counts", type=click.IntRange(1), multiple=True, default=(1, 2, 4), show_default=True)
+@click.option("--size", type=click.Choice(list(random_inputs.SIZES)), default="124M", show_default=True)
+@click.option("--block-size", type=click.IntRange(1), default=1024, show_default=True)
 @click.option("--steps", type=click.IntRange(2), default=60, show_default=True)
 @click.option("--repeats", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--before", type=click.Path(exists=True, path_type=Path), help="Folder of an earlier tree.")
@@ -57,6 +59,11 @@ def main(names, counts, size: str, block_size: int, steps: int, repeats: int, be
     """Measure speed on several GPUs, and compare the bytes."""
     if unknown := set(names) - {*TRAINING, *OTHERS}:
         raise StageError(f"--rows {min(unknown)}: there are {', '.join([*TRAINING, *OTHERS])}")
+    if "before" in names and not before:
+        raise StageError("--rows before: expected --before FOLDER, an earlier tree to compare with")
+    if block_size > (positions := random_inputs.SIZES[size][3]):
+        raise StageError(f"--block-size: expected 1 to {positions:,}, the positions of {size}, not {block_size:,}")
+    counts = tuple(sorted(set(counts)))
     work = out.resolve() / "work"
     model = random_inputs.model(work, size)
     results: dict[str, dict] = {}
@@ -66,12 +73,11 @@ def main(names, counts, size: str, block_size: int, steps: int, repeats: int, be
                 rows = steps * TRAINING[name]["batch-size"] * max(counts)
                 data = random_inputs.tokens(work, model, block_size, rows)
                 options = {"model": model, "tokens": data, "steps": steps, "warmup": min(15, steps // 2)}
-                results[name] = measure_training(TRAINING[name] | options, counts, repeats)
+                measure = partial(measure_training, TRAINING[name] | options, repeats)
+                results[name] = on_each_number(counts, measure)
             elif name == "evaluate":
-                results[name] = {
-                    count: run_group("benchmarks.scoring", {"model": model, "context": block_size}, count)
-                    for count in counts
-                }
+                options = {"model": model, "context": block_size}
+                results[name] = on_each_number(counts, partial(run_group, "benchmarks.scoring", options))
             elif name == "bytes":
                 results[name] = compare_bytes(model, block_size, counts, work)
             elif name == "queue":
@@ -85,19 +91,29 @@ def main(names, counts, size: str, block_size: int, steps: int, repeats: int, be
     results["conditions"] = workspace.environment()  # last, since it uses a GPU
     write_results(out, results)
     echo("\n" + (out / "scaling.md").read_text(encoding="utf-8"))
+    if failed := [name for name, found in results.items() if "error" in str(found)]:
+        raise StageError(f"failed: {', '.join(failed)}; {out}/scaling.json has the errors")
 
 
-def measure_training(options: dict, counts: tuple[int, ...], repeats: int) -> dict:
-    """Return for each number of processes the median of tokens/s, and the memory in GB of one of them."""
+def on_each_number(counts: tuple[int, ...], measure: Callable[[int], dict]) -> dict:
+    """Return what `measure` finds for each number of processes, and under "error" how the first one failed."""
     found = {}
     for count in counts:
-        runs = [run_group("benchmarks.ours", options | {"accumulation-steps": count}, count) for _ in range(repeats)]
-        found[count] = {
-            "tokens_per_second": statistics.median(run["tokens_per_second"] for run in runs),
-            "memory_gb": max(run["peak_memory_bytes"] for run in runs) / 1e9,
-            "train_loss": runs[0]["train_loss"],
-        }
+        try:
+            found[count] = measure(count)
+        except StageError as error:  # those before it keep their figures
+            return found | {"error": f"{count} processes: {error.format_message()}"}
     return found
+
+
+def measure_training(options: dict, repeats: int, count: int) -> dict:
+    """Return the median of tokens/s of so many processes, and the memory in GB of one of them."""
+    runs = [run_group("benchmarks.ours", options | {"accumulation-steps": count}, count) for _ in range(repeats)]
+    return {
+        "tokens_per_second": statistics.median(run["tokens_per_second"] for run in runs),
+        "memory_gb": max(run["peak_memory_bytes"] for run in runs) / 1e9,
+        "train_loss": runs[0]["train_loss"],
+    }
 
 
 def run_group(module: str, options: dict, count: int, root: Path = workspace.ROOT) -> dict:
@@ -221,9 +237,10 @@ def write_results(out: Path, results: dict) -> None:
         speeds = {count: run for count, run in found.items() if isinstance(count, int)}
         for count, run in speeds.items():
             speed = run.get("tokens_per_second") or run.get("windows_per_second")
-            first = next(iter(speeds.values()))
+            first = speeds[min(speeds)]
             one = (first.get("tokens_per_second") or first.get("windows_per_second")) / min(speeds)
             lines.append(f"| {name} | {count} | {speed:,.0f} | {speed / one:.2f} | {run['memory_gb']:.2f} |")
+    lines += ["", *(f"- {name} failed: see scaling.json" for name, found in results.items() if "error" in str(found))]
     with atomic_output(out / "scaling.md") as file:
         file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     with atomic_output(out / "scaling.json") as file:

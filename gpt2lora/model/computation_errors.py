@@ -25,7 +25,8 @@ def computation_errors(model: torch.nn.Module, dtype: torch.dtype, setting: str)
             raise
         name, precision = type(base_network(model)).__name__, str(dtype).removeprefix("torch.")
         line = f"{name} cannot be computed in {precision} ({type(error).__name__}: {first_line(error)})"
-        helps = dtype == torch.bfloat16 and can_compute_in_fp32(model)
+        # An index out of range is one in any type.
+        helps = dtype == torch.bfloat16 and not isinstance(error, LookupError) and can_compute_in_fp32(model)
         advice = f"in fp32 it can: -S {setting}=fp32" if helps else "take another model, or another method"
         raise StageError(f"{line}; {advice}") from error
 

@@ -45,6 +45,12 @@ def test_a_model_that_fails_in_every_precision_gets_no_such_advice(tiny_model, p
         loop.fit(network, split, split, tiny.train_params(precision=precision), 0)
 
 
+def test_an_id_out_of_range_is_no_question_of_precision(tiny_model):
+    line = r"cannot be computed in bfloat16 \(IndexError: .*\); take another model"
+    with pytest.raises(StageError, match=line), computation_errors(load(tiny_model), torch.bfloat16, "train.precision"):
+        raise IndexError("index out of range in self")
+
+
 def test_a_model_that_fails_in_a_later_validation_says_so(tiny_model, monkeypatch):
     """As one does that changes its weights between training and evaluation."""
     network, split, losses = new_adapter(tiny_model), make_rows([17] * 4), {"first": 5.0}
