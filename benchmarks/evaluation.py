@@ -16,6 +16,7 @@ from pathlib import Path
 import click
 import numpy as np
 
+from gpt2lora.corpus.text_files import decode
 from gpt2lora.evaluation import protocols
 from gpt2lora.pipeline import params
 from gpt2lora.pipeline.artifacts import require_file
@@ -42,10 +43,7 @@ def main(folder: Path, text: Path, stride: int, count: int | None, precision: st
     context = choose_block_size(None, AutoConfig.from_pretrained(folder, local_files_only=True).to_dict(), 0)
     if stride > context:
         raise StageError(f"--stride: expected 1 to {context}, the model's context, not {stride}")
-    try:
-        content = "\n\n".join(protocols.hub_rows(text.read_bytes().decode("utf-8")))
-    except UnicodeDecodeError as error:
-        raise StageError(f"--text {text}: not UTF-8 at byte {error.start:,}: {error.reason}") from error
+    content = "\n\n".join(protocols.hub_rows("".join(decode(text))))
     (ids,) = encode_texts(load_tokenizer(folder), [content], np.uint32)
     if count:
         ids = ids[: context + (count - 1) * stride]

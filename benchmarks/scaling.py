@@ -73,8 +73,7 @@ def main(names, counts, size: str, block_size: int, steps: int, repeats: int, be
                 rows = steps * TRAINING[name]["batch-size"] * max(counts)
                 data = random_inputs.tokens(work, model, block_size, rows)
                 options = {"model": model, "tokens": data, "steps": steps, "warmup": min(15, steps // 2)}
-                measure = partial(measure_training, TRAINING[name] | options, repeats)
-                results[name] = on_each_number(counts, measure)
+                results[name] = on_each_number(counts, partial(measure_training, TRAINING[name] | options, repeats))
             elif name == "evaluate":
                 options = {"model": model, "context": block_size}
                 results[name] = on_each_number(counts, partial(run_group, "benchmarks.scoring", options))
@@ -91,7 +90,7 @@ def main(names, counts, size: str, block_size: int, steps: int, repeats: int, be
     results["conditions"] = workspace.environment()  # last, since it uses a GPU
     write_results(out, results)
     echo("\n" + (out / "scaling.md").read_text(encoding="utf-8"))
-    if failed := [name for name, found in results.items() if "error" in str(found)]:
+    if failed := failed_rows(results):
         raise StageError(f"failed: {', '.join(failed)}; {out}/scaling.json has the errors")
 
 
@@ -104,6 +103,12 @@ def on_each_number(counts: tuple[int, ...], measure: Callable[[int], dict]) -> d
         except StageError as error:  # those before it keep their figures
             return found | {"error": f"{count} processes: {error.format_message()}"}
     return found
+
+
+def failed_rows(results: dict[str, dict]) -> list[str]:
+    """Return the rows with an error, of the row itself or of one of its methods."""
+    parts = {name: [found, *found.values()] for name, found in results.items()}
+    return [name for name, found in parts.items() if any(isinstance(part, dict) and "error" in part for part in found)]
 
 
 def measure_training(options: dict, repeats: int, count: int) -> dict:
@@ -234,13 +239,12 @@ def write_results(out: Path, results: dict) -> None:
     """Write what was measured so far into OUT."""
     lines = ["| row | processes | tokens/s or windows/s | times one | GB |", "|---|---|---|---|---|"]
     for name, found in results.items():
-        speeds = {count: run for count, run in found.items() if isinstance(count, int)}
-        for count, run in speeds.items():
-            speed = run.get("tokens_per_second") or run.get("windows_per_second")
-            first = speeds[min(speeds)]
-            one = (first.get("tokens_per_second") or first.get("windows_per_second")) / min(speeds)
-            lines.append(f"| {name} | {count} | {speed:,.0f} | {speed / one:.2f} | {run['memory_gb']:.2f} |")
-    lines += ["", *(f"- {name} failed: see scaling.json" for name, found in results.items() if "error" in str(found))]
+        runs = {count: run for count, run in found.items() if isinstance(count, int)}
+        speeds = {count: run.get("tokens_per_second") or run["windows_per_second"] for count, run in runs.items()}
+        for count, speed in speeds.items():
+            one = speeds[min(speeds)] / min(speeds)
+            lines.append(f"| {name} | {count} | {speed:,.0f} | {speed / one:.2f} | {runs[count]['memory_gb']:.2f} |")
+    lines += ["", *(f"- {name} failed: see scaling.json" for name in failed_rows(results))]
     with atomic_output(out / "scaling.md") as file:
         file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     with atomic_output(out / "scaling.json") as file:

@@ -134,7 +134,9 @@ def watch_special_tokens(base: Path, tokenizer: "Tokenizer", end: int) -> Occurr
     now = tokenizer.get_added_tokens_decoder()
     control = [token for token, id in special.items() if tokenizer.encode_special_tokens and now[id].special]
     # Some cannot be letters: one that is a single letter, or the token for what a model lacks.
-    letters = [token for token in control if special[token] not in encode(tokenizer, token)]
+    letters = [
+        token for token in control if special[token] not in tokenizer.encode(token, add_special_tokens=False).ids
+    ]
     model = settings["model"]
     unknown = tokenizer.token_to_id(model["unk_token"]) if model.get("unk_token") else model.get("unk_id")
     lossless = not settings.get("normalizer") and (settings.get("decoder") or {}).get("type") == "ByteLevel"
@@ -144,10 +146,6 @@ def watch_special_tokens(base: Path, tokenizer: "Tokenizer", end: int) -> Occurr
     if end not in special.values():
         tokens[end] = 0
     return Occurrences(tokens, dict.fromkeys(letters, 0), unknown, decode)
-
-
-def encode(tokenizer: "Tokenizer", text: str) -> list[int]:
-    return tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def describe_special_tokens(found: Occurrences, tokenizer: "Tokenizer", split: str) -> dict[str, dict[str, int] | int]:

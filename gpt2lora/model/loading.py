@@ -134,16 +134,16 @@ def write_method(folder: Path, method: str, quantization: QuantizationParams | N
     (folder / METHOD_FILE).write_text(json.dumps(record, indent=2) + "\n")
 
 
-def causal_masks(folder: Path) -> list[str]:
+def causal_masks(folder: Path) -> set[str]:
     """Return the names of the causal masks among stored weights: GPT-Neo, GPT-J and CodeGen once saved theirs."""
-    names = []
+    names = set()
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as stored:
             for name in stored.keys():  # noqa: SIM118, it is no dictionary
                 kind, shape = name.rpartition(".")[2], stored.get_slice(name).get_shape()
                 is_square = len(shape) == 4 and shape[:2] == [1, 1] and shape[2] == shape[3]
                 if (kind in ("bias", "causal_mask") and is_square) or (kind == "masked_bias" and math.prod(shape) == 1):
-                    names.append(name)
+                    names.add(name)
     return names
 
 
@@ -168,9 +168,12 @@ def _load_model(folder: Path, config: PretrainedConfig, **quantized) -> PreTrain
         )
     if missing := sorted(info["missing_keys"]):
         raise StageError(f"{folder}: *.safetensors lack {len(missing)} of the model's weights, {missing[0]} first")
-    if unused := sorted(set(info["unexpected_keys"]) - set(causal_masks(folder))):
+    unused = set(info["unexpected_keys"])
+    if unused:
+        unused -= causal_masks(folder)
+    if unused:
         raise StageError(
-            f"{folder}: *.safetensors hold {len(unused)} weights that config.json has no place for, {unused[0]} first: "
-            "not a pair; save the model again with save_pretrained"
+            f"{folder}: *.safetensors hold {len(unused)} weights that config.json has no place for, {min(unused)} "
+            "first: not a pair; save the model again with save_pretrained"
         )
     return model
