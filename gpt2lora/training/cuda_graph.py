@@ -21,13 +21,15 @@ def capture_cuda_graph(
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     torch.cuda.empty_cache()  # free memory of another stream cannot be reused
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            compute(inputs, targets, count)
-        # What waits for the device cannot be captured. Found here, it leaves no half-captured graph.
-        with sync_is_error(), as_in_capture():
-            compute(inputs, targets, count)
-    torch.cuda.current_stream(device).wait_stream(stream)
+    try:
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                compute(inputs, targets, count)
+            # What waits for the device cannot be captured. Found here, it leaves no half-captured graph.
+            with sync_is_error(), as_in_capture():
+                compute(inputs, targets, count)
+    finally:  # after a failure too: kernels still to run read memory that is about to be freed
+        torch.cuda.current_stream(device).wait_stream(stream)
     trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
     # Without gradients to add to, the captured backward pass writes its own: no sums, and no second copy in memory.
     model.zero_grad()
