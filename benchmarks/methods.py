@@ -3,7 +3,8 @@
     python -m benchmarks.methods --base FOLDER --corpus FOLDER --out FOLDER [--jobs N] [--only NAME ...]
 
 in   --base, a model; --corpus, a text; params.yaml for everything that METHODS does not set
-out  OUT/runs.jsonl: a record for each run; OUT/methods.md: the tables; OUT/methods.png: the figure
+out  OUT/runs.jsonl: a record for each run; OUT/methods.md: the tables; OUT/methods.csv: the figures of all runs;
+     OUT/methods.png: the picture
 
 base, prepare and tokenize run once. The methods are measured one after another, several runs at a time. Started again,
 the study makes only the runs that are missing or failed.
@@ -26,7 +27,7 @@ import click
 from benchmarks import workspace
 from benchmarks.methods_figure import draw_methods
 from benchmarks.methods_plan import METHODS, Records, Run, done, plan
-from benchmarks.methods_table import means, render
+from benchmarks.methods_table import all_runs, means, render
 from gpt2lora.pipeline.artifacts import atomic_output
 from gpt2lora.pipeline.cli import StageError, command, echo
 
@@ -71,6 +72,8 @@ def main(
             file.write_text(render(records, json.loads((shared / "conditions.json").read_text())), encoding="utf-8")
     if points := means(records):
         draw_methods(points, out / "methods.png")
+        with atomic_output(out / "methods.csv") as file:
+            all_runs(records).to_csv(file, index=False, float_format="%.8g")
     echo(f"methods: {out}/methods.md holds {sum(record['error'] is None for record in records.values())} runs")
 
 

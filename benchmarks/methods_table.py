@@ -1,7 +1,10 @@
 """The tables of the study of methods, in Markdown."""
 
+import re
 import statistics
 from collections.abc import Callable
+
+import pandas
 
 from benchmarks.methods_plan import METHODS, Records, best_rate, done, sweep, tuned
 
@@ -18,6 +21,8 @@ COLUMNS: dict[str, tuple[Callable[[dict], float], str]] = {  # of the final tabl
     "tokens/s": (lambda r: r["train_timings"]["tokens_per_second"] if r["jobs"] == 1 else None, ",.0f"),
     "both stages, s": (lambda r: r["seconds"] if r["jobs"] == 1 else None, ".0f"),
 }
+
+RELATIVE = ("beside lora, %",)  # figures of a pair of runs
 
 
 def spread(numbers: list[float | None], form: str) -> str:
@@ -40,6 +45,17 @@ def means(records: Records) -> dict[str, tuple[float, float]]:
         for name, runs in found.items()
         if runs
     }
+
+
+def all_runs(records: Records) -> pandas.DataFrame:
+    """Return a row for each run that succeeded, by method, learning rate and seed."""
+    rows = []
+    for key, record in records.items():
+        if record["error"] is None:
+            method, rate, seed = re.fullmatch(r"(.+)-lr-(.+)-seed-(.+)", key).groups()
+            figures = {name: figure(record) for name, (figure, _) in COLUMNS.items() if name not in RELATIVE}
+            rows.append({"method": method, "learning rate": float(rate), "seed": int(seed), **figures})
+    return pandas.DataFrame(rows).sort_values(["method", "learning rate", "seed"], ignore_index=True)
 
 
 def render(records: Records, conditions: dict) -> str:

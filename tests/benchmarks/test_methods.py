@@ -4,6 +4,7 @@ import json
 import threading
 from pathlib import Path
 
+import pandas
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -170,6 +171,10 @@ def test_seeds_run_at_the_best_rate_and_no_run_is_made_twice(pretended, tmp_path
     assert {epochs for _, epochs in ran} == {7}
     assert len((tmp_path / "out/runs.jsonl").read_text().splitlines()) == len(ran)
     assert (tmp_path / "out/methods.png").read_bytes().startswith(b"\x89PNG")
+    table = pandas.read_csv(tmp_path / "out/methods.csv")
+    assert table["method"].tolist() == ["lora"] * 7 and table["seed"].sum() == 3  # not those that failed
+    assert table["learning rate"].is_monotonic_increasing
+    assert table["test perplexity"].tolist() == pytest.approx((1 / table["learning rate"]).tolist())
     text = (tmp_path / "out/methods.md").read_text()
     assert "| lora | 0.0005 | 0, 1, 2 | 4.0000 ± 1.0000 |" in text
     assert "- dora-lr-0.0005-seed-0: `train: Error: no such thing`" in text
