@@ -18,7 +18,7 @@ METHODS: dict[str, dict[str, Any]] = {  # what differs from params.yaml; method 
     **{f"lora-r{r}-alpha32": {"lora.r": r, "lora.alpha": 32} for r in (8, 64, 128)},
     "lora-batch-32": {"train.accumulation_steps": 4},  # steps of 32 rows, in the memory of 8
     "full-batch-32": {"method": "full", "train.accumulation_steps": 4},
-    **{init: {"lora.init": init} for init in ("pissa", "olora", "orthogonal")},
+    **{init: {"lora.init": init, "lora.dropout": 0.0} for init in ("pissa", "olora", "orthogonal")},
     "qlora-fp4": QLORA | {"methods.qlora.quant_type": "fp4"},
     "qlora-loftq": QLORA | {"lora.init": "loftq"},
     "lora-bits-8": {"lora.bits": 8},

@@ -107,6 +107,8 @@ class LoraParams:
         if self.init in FROM_BASE:
             kept = "16: the base takes part in this init, so the adapter is converted when it is saved"
             params.require(self.bits == 16, f"lora.bits with init {self.init}", self.bits, kept)
+            whole = "0: the adapter holds a part of the base, which dropout would drop"  # measured in docs/methods.md
+            params.require(self.dropout == 0, f"lora.dropout with init {self.init}", self.dropout, whole)
         if self.init == "orthogonal":
             params.require(self.r % 2 == 0, "lora.r with init orthogonal", self.r, "an even number")
         if self.start_from is not None:

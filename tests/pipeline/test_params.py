@@ -146,6 +146,7 @@ def test_a_value_out_of_range_is_refused(folder, key, value, expected):
         (("methods.qlora.bits", 8), ("methods.qlora.double_quant", True), "expected false with 8 bits"),
         (("lora.init", "pissa"), ("lora.bits", 8), "with init pissa: expected 16: the base takes part"),
         (("lora.init", "olora"), ("lora.bits", 4), "with init olora: expected 16: the base takes part"),
+        (("lora.init", "pissa"), ("lora.dropout", 0.05), "with init pissa: expected 0: the adapter holds a part"),
         (("lora.init", "orthogonal"), ("lora.r", 3), "with init orthogonal: expected an even number, not 3"),
         (("lora.init", "loftq"), ("lora.use_dora", True), "with init loftq: expected false"),
     ],
