@@ -19,8 +19,9 @@ def echo_plan(train: Blocks, validation: Blocks, options: TrainParams, steps: in
             f"train: warning: batch_size {options.batch_size:,} x accumulation_steps {options.accumulation_steps:,} is "
             f"more than the {len(train):,} rows of train: each step reads them all"
         )
+    epochs = "1 epoch" if options.epochs == 1 else f"{options.epochs:,} epochs"
     echo(
-        f"train: {options.epochs:,} epochs of {steps // options.epochs:,} steps, {steps:,} steps in all, on "
+        f"train: {epochs} of {steps // options.epochs:,} steps, {steps:,} steps in all, on "
         f"{options.epochs * train.targets:,} tokens; {1 + min(options.validations, steps):,} validations on "
         f"{validation.targets:,} tokens each"
     )

@@ -26,6 +26,8 @@ def test_the_plan_names_steps_tokens_and_validations(capsys):
     assert capsys.readouterr().out == (
         "train: 3 epochs of 25 steps, 75 steps in all, on 2,400 tokens; 11 validations on 56 tokens each\n"
     )
+    progress.echo_plan(blocks(100), blocks(7), tiny.train_params(epochs=1, validations=10), 25)
+    assert "train: 1 epoch of 25 steps, 25 steps in all, on 800 tokens;" in capsys.readouterr().out
 
 
 def test_a_batch_of_more_rows_than_there_are_is_named(capsys):
