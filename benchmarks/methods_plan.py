@@ -30,6 +30,7 @@ RATES = tuple(float(f"{digit}e{power}") for power in range(-6, -1) for digit in 
 # The five rates around this one are tried first. A wrong expectation costs runs, and changes no result.
 EXPECTED = dict.fromkeys(METHODS, 5e-4)
 EXPECTED |= dict.fromkeys(("rslora", "lora-plus", "pissa", "olora"), 2e-4)
+EXPECTED["orthogonal"] = 1e-4
 EXPECTED |= dict.fromkeys(("lora", "lora-batch-32", "lora-r64-alpha32", "lora-r128-alpha32"), 1e-3)
 EXPECTED |= dict.fromkeys((name for name in METHODS if name.startswith("qlora")), 1e-3)
 EXPECTED |= dict.fromkeys((name for name in METHODS if name.startswith("full")), 5e-5)
