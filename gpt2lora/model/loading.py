@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from gpt2lora.model import attention, device, lora, lora_init
+from gpt2lora.model.dora_forward import fuse_dora, has_peft_dora
 from gpt2lora.model.errors import library_errors
 from gpt2lora.model.layers import load_config, loading_errors
 from gpt2lora.model.quantization import bitsandbytes_config, check_4bit_width, prepare_8bit_layer
@@ -89,7 +90,8 @@ def load_for_training(
     if start := find_start(lora_params):
         lora.load_start(model, start)
     initial_factors = lora_init.initialize_lora(lora.lora_layers(model), lora_params.init, floats)
-    if not lora_params.use_dora:  # DoRA computes norms of whole weights, which need fp32
+    fuse_dora(model)
+    if not has_peft_dora(model):  # it computes norms of whole weights, which need fp32
         cast_frozen(model, dtype)
     return model, initial_factors
 

@@ -24,8 +24,6 @@ from gpt2lora.pipeline.artifacts import require_file
 from gpt2lora.pipeline.cli import StageError
 from gpt2lora.pipeline.schemas import LoraParams
 
-FUSED_LAYERS = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")  # whose update `lora_forward` computes
-
 
 def attach_lora(model: PreTrainedModel, lora: LoraParams) -> torch.nn.Module:
     """Freeze `model` and add a trainable update s B A, in fp32, to each target layer. The caller sets the seed.
@@ -52,7 +50,7 @@ def attach_lora(model: PreTrainedModel, lora: LoraParams) -> torch.nn.Module:
     network = get_peft_model(model, config)
     for module in lora_layers(network).values():
         # A layer with another `forward` than these may read more than x: PEFT computes it, in fp32.
-        is_fused = not lora.use_dora and type(module.base_layer).__name__ in FUSED_LAYERS
+        is_fused = not lora.use_dora and type(module.base_layer).__name__ in lora_forward.FUSED_LAYERS
         # With DoRA autocast chooses the type; otherwise PEFT first copies each input to fp32.
         module.cast_input_dtype_enabled = not is_fused and not lora.use_dora
         if lora.bits < 16:

@@ -8,6 +8,8 @@ import torch
 
 from gpt2lora.model.fake_quant import FakeQuantLinear
 
+FUSED_LAYERS = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")  # whose update is computed here
+
 
 class LowRankUpdate(torch.autograd.Function):
     """y + s (mask x) A^T B^T.
@@ -42,7 +44,7 @@ class LowRankUpdate(torch.autograd.Function):
 
 
 def lora_forward(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Compute a LoRA layer of PEFT, without DoRA, instead of its own `forward`. x: (..., in); returns (..., out)."""
+    """Compute a LoRA layer of PEFT instead of its own `forward`. x: (..., in); returns (..., out)."""
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type):
         x = x.to(torch.get_autocast_dtype(device_type))  # once, for the base layer and for the update

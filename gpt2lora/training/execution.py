@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpt2lora.dataset.blocks import Blocks
 from gpt2lora.distributed import group
+from gpt2lora.model import dora_forward
 from gpt2lora.model.computation_errors import computation_errors
 from gpt2lora.model.errors import first_line
 from gpt2lora.model.head import body_and_head
@@ -137,8 +138,8 @@ def choose_execution(
         return "eager", "CUDA graphs are for GPUs"
     if train.targets < MIN_FILL * len(train) * train.width:
         return "eager", "rows differ in length"
-    if any(any(getattr(module, "use_dora", {}).values()) for module in model.modules()):
-        return "captured", "one CUDA graph a batch; DoRA's norms do not compile"
+    if dora_forward.has_peft_dora(model):
+        return "captured", "one CUDA graph a batch; DoRA with dropout does not compile"
     if compiled == "never":
         return "captured", "train.compile is never"
     if missing := missing_compile_requirement():

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from small_models import IDS, NF4, float_weight, logits, new_adapter, random_adapter
+from small_models import IDS, INT8, NF4, float_weight, logits, new_adapter, random_adapter
 from transformers.pytorch_utils import Conv1D
 
-from gpt2lora.model import lora, lora_forward
+from gpt2lora.model import dora_forward, lora, lora_forward
 from gpt2lora.training import dropout
 from gpt2lora.training.loss import nll_sum
 
@@ -98,12 +98,17 @@ def test_dropout_masks_drop_their_share_independently(make_mask):
         assert standard_errors(dropped[:, distance:] * dropped[:, :-distance]) < 5, "independent of other columns"
 
 
-@pytest.mark.parametrize("quantization", [None, NF4], ids=["float", "nf4"])
-def test_loss_and_gradients_equal_those_of_peft(model_folder, quantization):
-    ours, _, _ = random_adapter(model_folder, quantization)
-    theirs, _, _ = random_adapter(model_folder, quantization)
+@pytest.mark.parametrize("quantization", [None, INT8, NF4], ids=["float", "int8", "nf4"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"use_dora": True}, {"use_dora": True, "bits": 8, "use_rslora": True}], ids=str
+)
+def test_loss_and_gradients_equal_those_of_peft(model_folder, quantization, changes):
+    ours, _, _ = random_adapter(model_folder, quantization, **changes)
+    theirs, _, _ = random_adapter(model_folder, quantization, **changes)
+    dora_forward.fuse_dora(ours)
+    assert all("forward" in vars(module) for module in lora.lora_layers(ours).values())
     for module in lora.lora_layers(theirs).values():
-        del module.forward  # our forward pass, which hides the one of PEFT's class
+        vars(module).pop("forward", None)  # our forward pass, which hides the one of PEFT's class
     results = []
     for network in (ours, theirs):
         dropout.set_base_dropout(network.train(), 0.0)

@@ -18,6 +18,7 @@ from transformers import BartConfig, BartForCausalLM, MistralConfig, MistralForC
 
 from benchmarks import random_inputs, workspace
 from gpt2lora.dataset import blocks
+from gpt2lora.model import dora_forward
 from gpt2lora.model.device import pick_device
 from gpt2lora.pipeline.artifacts import digests
 from gpt2lora.pipeline.cli import StageError
@@ -35,6 +36,7 @@ def train_model(folder, quantization=None, **changes) -> torch.nn.Module:
     """Return a model in training mode, without dropout in its base, whose adapter has gradients everywhere."""
     network = new_adapter(folder, quantization, **changes)
     fill_factors_b(network, 0.02)
+    dora_forward.fuse_dora(network)
     dropout.set_base_dropout(network, 0.0)
     return network.train()
 
@@ -61,7 +63,8 @@ def take_step(
         ({"lengths": [*FULL_ROWS, 12]}, GPU, "captured", "saves time"),
         ({"quantization": INT8}, GPU, "captured", "saves time"),
         ({"quantization": NF4}, GPU, "captured", "saves time"),
-        ({"use_dora": True, "compiled": "always"}, GPU, "captured", "DoRA"),
+        ({"use_dora": True, "compiled": "always"}, GPU, "compiled", "always"),
+        ({"use_dora": True, "dropout": 0.1, "compiled": "always"}, GPU, "captured", "DoRA with dropout"),
         ({"tokens": 10**13}, GPU, "compiled", "saves time"),
         ({"tokens": 10**13, "compiled": "never"}, GPU, "captured", "never"),
         ({"compiled": "always"}, GPU, "compiled", "always"),
