@@ -71,8 +71,13 @@ def adapts_experts(lora: LoraParams) -> bool:
 
 
 def expert_weights(model: PreTrainedModel) -> list[str]:
-    """Return the names of a mixture's experts, parameters of the shape (experts, in, out) or (experts, out, in)."""
-    return [name for name, each in model.named_parameters() if ".experts." in name and each.dim() == 3]
+    """Return the names of a mixture's experts."""
+    return [name for name, each in model.named_parameters() if is_expert(name, each)]
+
+
+def is_expert(name: str, parameter: torch.nn.Parameter) -> bool:
+    """Tell whether it is the weight of a mixture's experts, of the shape (experts, in, out) or (experts, out, in)."""
+    return ".experts." in name and parameter.dim() == 3
 
 
 def is_fan_in_fan_out(model: PreTrainedModel) -> bool:

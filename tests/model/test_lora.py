@@ -6,12 +6,14 @@ import warnings
 import every_model
 import pytest
 import torch
+from peft import PeftModel
 from small_models import (
     IDS,
     INT8,
     LAYERS,
     NF4,
     PROJECTIONS,
+    change_trained,
     load,
     logits,
     new_adapter,
@@ -258,6 +260,26 @@ def test_layers_that_peft_takes_for_others_get_no_adapter_and_are_named(kind, ad
     kinds = {name.rpartition(".")[2] for name in lora.lora_layers(network)}
     assert kinds - {"gate_proj", "up_proj", "down_proj"} == adapted
     assert set(lora.weights_without_adapter(network)[1]) >= left
+
+
+@pytest.mark.parametrize(("kind", "lost"), [("laguna", "mlp.shared_experts."), ("inkling2_text", "sconv.weight_proj")])
+def test_layers_that_peft_renames_on_loading_get_no_adapter_and_peft_reads_all_others(kind, lost, tmp_path):
+    """PEFT would leave out their values with a warning."""
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(every_model.small_config(kind))
+    assert any(lost in name for name, _ in base.named_modules())
+    base.save_pretrained(tmp_path / "base")
+    network = new_adapter(tmp_path / "base")
+    assert not any(lost in name for name in lora.lora_layers(network))
+    assert any(lost in f"{name}." for name in lora.weights_without_adapter(network)[1])
+    change_trained(network)
+    expected = logits(network)
+    lora.save_adapter(network, low_rank(), {}, tmp_path / "adapter")
+    assert torch.equal(logits(lora.load_adapter(load(tmp_path / "base"), tmp_path / "adapter")), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # PEFT's, of tensors that are missing
+        theirs = PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "adapter")
+    assert torch.equal(logits(theirs), expected)
 
 
 def test_layers_that_a_fused_kernel_of_mamba_reads_get_no_adapter():
