@@ -124,7 +124,8 @@ def save_adapter(
     network.save_pretrained(folder)
     (folder / "README.md").unlink()  # PEFT's empty template of a model card
     tensors, config = load_file(folder / ADAPTER_WEIGHTS), json.loads((folder / ADAPTER_CONFIG).read_text())
-    config["target_modules"] = sorted(config["target_modules"])  # PEFT writes a set in hash order
+    for key in ("target_modules", "target_parameters"):
+        config[key] = config[key] and sorted(config[key])  # PEFT writes a set in hash order
     if initial_factors:
         tensors, config = lora_init.to_standard_lora(tensors, initial_factors, config)
         save_file(tensors, folder / ADAPTER_WEIGHTS, {"format": "pt"})

@@ -210,8 +210,8 @@ def test_weights_that_no_adapter_reaches_are_named(tiny_model):
     assert share == 100 * (64 * 64 + 256 * 64) / (12 * 64 * 64)
 
 
-def write_mixtral(folder) -> None:
-    sizes = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1, "num_local_experts": 4}
+def write_mixtral(folder, layers: int = 1) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": layers, "num_local_experts": 4}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 300, "initializer_range": 0.3}
     MixtralForCausalLM(MixtralConfig(**sizes, **heads)).save_pretrained(folder)
 
@@ -311,3 +311,11 @@ def test_a_saved_adapter_lists_its_layers_in_order(tiny_model, tmp_path):
     )
     assert config["fan_in_fan_out"] is True
     assert {file.name for file in tmp_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_a_saved_adapter_lists_its_experts_in_order(tmp_path):
+    write_mixtral(tmp_path / "base", layers=4)
+    lora.save_adapter(new_adapter(tmp_path / "base"), low_rank(), {}, tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    names = [f"model.layers.{layer}.mlp.experts.{name}" for layer in range(4) for name in ("down_proj", "gate_up_proj")]
+    assert config["target_parameters"] == names
