@@ -1,5 +1,6 @@
 """Load the base model, in floats or quantized, and the tuned model; read and write method.json beside an adapter."""
 
+import functools
 import json
 import math
 from dataclasses import asdict
@@ -82,7 +83,13 @@ def choose_experts(model: PreTrainedModel) -> None:
     if odd and "grouped_mm" in model.get_experts_implementation().values():
         model.set_experts_implementation("eager")
         name = type(model).__name__
-        echo(f"{name} computes its experts one after another, which is slower: {odd[0]} is no multiple of 8")
+        echo_once(f"{name} computes its experts one after another, which is slower: {odd[0]} is no multiple of 8")
+
+
+@functools.cache  # a stage loads a model several times
+def echo_once(line: str) -> None:
+    """Print a line that this process has not printed here before."""
+    echo(line)
 
 
 def load_for_training(
