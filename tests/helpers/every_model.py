@@ -49,6 +49,7 @@ PER_LAYER_INPUTS = {"vocab_size_per_layer_input": VOCABULARY, "num_kv_shared_lay
 CHANGES = {
     "bert": {"is_decoder": True},
     "dots1": {"n_shared_experts": 1, "n_routed_experts": EXPERTS, "num_experts_per_tok": 2},
+    "falcon_h1": {"mamba_d_ssm": 2 * WIDTH},
     "gemma3n": PER_LAYER_INPUTS,
     "gemma3n_text": PER_LAYER_INPUTS,
     "gemma4": PER_LAYER_INPUTS,
