@@ -67,7 +67,7 @@ def linear_layers(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
     """Return the layers that can have an adapter, by name: all linear layers except the output head.
 
     PEFT refuses layers whose weight a fused kernel of a Mamba reads, without calling the layer. It takes others for
-    experts (`replaced_by_experts`).
+    experts (`replaced_by_experts`), and does not find others again in a file (`renamed_on_loading`).
     """
     head = model.get_output_embeddings()
     fused = MAMBA_FUSED if model.config.model_type in MAMBA_TYPES else ()
@@ -76,8 +76,8 @@ def linear_layers(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
         for name, module in model.named_modules()
         if is_linear(module) and module is not head and not name.endswith(fused)
     }
-    replaced = replaced_by_experts(model, list(layers))
-    return {name: module for name, module in layers.items() if name not in replaced}
+    left_out = replaced_by_experts(model, list(layers)) | renamed_on_loading(model, list(layers))
+    return {name: module for name, module in layers.items() if name not in left_out}
 
 
 def is_linear(module: torch.nn.Module) -> bool:
@@ -108,6 +108,24 @@ def replaced_by_experts(model: PreTrainedModel, names: list[str]) -> set[str]:
     config = LoraConfig(target_modules=names)
     convert_peft_config_for_transformers(config, model, None)
     return set(names) - set(config.target_modules)
+
+
+def renamed_on_loading(model: PreTrainedModel, names: list[str]) -> set[str]:
+    """Return for which modules PEFT would not find the adapter again that it saved.
+
+    When PEFT loads an adapter, it renames the tensors as transformers renames the weights of published checkpoints.
+    Where the pattern of an old name matches the new name too, it makes a third one of it: of Laguna's shared_experts.
+    shared_experts.. since shared_expert. is meant. PEFT then leaves out what it has no place for, with a warning.
+    """
+    if get_checkpoint_conversion_mapping(model.config.model_type) is None:
+        return set()
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+
+    stored = {name: f"base_model.model.{name}.lora_A.weight" for name in names}
+    tensors = {key: torch.empty(1, 2, device="meta") for key in stored.values()}
+    loaded = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), tensors)
+    return {name for name, key in stored.items() if loaded.get(key) is not tensors[key]}
 
 
 def select_target_layers(layers: list[str], lora: LoraParams) -> list[str]:

@@ -1,5 +1,6 @@
 """Load the base model, in floats or quantized, and the tuned model; read and write method.json beside an adapter."""
 
+import functools
 import json
 import math
 from dataclasses import asdict
@@ -17,7 +18,7 @@ from gpt2lora.model.layers import load_config, loading_errors
 from gpt2lora.model.quantization import bitsandbytes_config, check_4bit_width, prepare_8bit_layer
 from gpt2lora.pipeline.adapter_files import METHOD_FILE, find_start, read_method_file, verify_adapter
 from gpt2lora.pipeline.artifacts import digests, verify_digests
-from gpt2lora.pipeline.cli import StageError
+from gpt2lora.pipeline.cli import StageError, echo
 from gpt2lora.pipeline.schemas import LoraParams, QuantizationParams
 
 transformers_logging.disable_progress_bar()  # reading weights takes a second
@@ -71,6 +72,25 @@ def choose_attention(model: PreTrainedModel, folder: Path) -> None:
     with library_errors(what, "try method lora" if quantized else "take another model"):
         attention.use_causal_attention(model)
         attention.check_causal(model)
+
+
+def choose_experts(model: PreTrainedModel) -> None:
+    """Let a mixture compute its experts one after another if torch does not compute experts of their sizes at once.
+
+    It takes rows of a multiple of 16 bytes, which are 8 numbers of bf16.
+    """
+    sizes = {size for name, each in model.named_parameters() if lora.is_expert(name, each) for size in each.shape[1:]}
+    odd = sorted(size for size in sizes if size % 8)
+    if odd and "grouped_mm" in model.get_experts_implementation().values():
+        model.set_experts_implementation("eager")
+        name = type(model).__name__
+        echo_once(f"{name} computes its experts one after another, which is slower: {odd[0]} is no multiple of 8")
+
+
+@functools.cache  # a stage loads a model several times
+def echo_once(line: str) -> None:
+    """Print a line that this process has not printed here before."""
+    echo(line)
 
 
 def load_for_training(
@@ -178,4 +198,5 @@ def _load_model(folder: Path, config: PretrainedConfig, **quantized) -> PreTrain
             f"{folder}: *.safetensors hold {len(unused)} weights that config.json has no place for, {min(unused)} "
             "first: not a pair; save the model again with save_pretrained"
         )
+    choose_experts(model)
     return model

@@ -69,8 +69,13 @@ def adapts_experts(lora: LoraParams) -> bool:
 
 
 def expert_weights(model: PreTrainedModel) -> list[str]:
-    """Return the names of a mixture's experts, parameters of the shape (experts, in, out) or (experts, out, in)."""
-    return [name for name, each in model.named_parameters() if ".experts." in name and each.dim() == 3]
+    """Return the names of a mixture's experts."""
+    return [name for name, each in model.named_parameters() if is_expert(name, each)]
+
+
+def is_expert(name: str, parameter: torch.nn.Parameter) -> bool:
+    """Tell whether it is the weight of a mixture's experts, of the shape (experts, in, out) or (experts, out, in)."""
+    return ".experts." in name and parameter.dim() == 3
 
 
 def is_fan_in_fan_out(model: PreTrainedModel) -> bool:
@@ -117,7 +122,8 @@ def save_adapter(
     network.save_pretrained(folder)
     (folder / "README.md").unlink()  # PEFT's empty template of a model card
     tensors, config = load_file(folder / ADAPTER_WEIGHTS), json.loads((folder / ADAPTER_CONFIG).read_text())
-    config["target_modules"] = sorted(config["target_modules"])  # PEFT writes a set in hash order
+    for key in ("target_modules", "target_parameters"):
+        config[key] = config[key] and sorted(config[key])  # PEFT writes a set in hash order
     if initial_factors:
         tensors, config = lora_init.to_standard_lora(tensors, initial_factors, config)
         save_file(tensors, folder / ADAPTER_WEIGHTS, {"format": "pt"})

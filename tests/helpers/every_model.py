@@ -9,25 +9,38 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 VOCABULARY, POSITIONS, WIDTH, HEADS = 300, 64, 128, 8
 EXPERTS, STATE = 4, 16  # STATE: of a recurrent layer; also the width of a sliding window
 MAX_PARAMETERS = 35_000_000  # a type whose sizes cannot be set is larger
-# Values of config.json, and the keys of this meaning: those that a configuration has are set.
-VALUES = {
-    WIDTH: """hidden_size d_model n_embd emb_dim decoder_hidden_size embedding_size word_embed_proj_dim dim
+# Keys of config.json by the names of their values: those that a configuration has are set.
+KEYS = {
+    "width": """hidden_size d_model n_embd emb_dim decoder_hidden_size embedding_size word_embed_proj_dim dim
         lru_width""",
-    2: """num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_decoder_layers
+    "two": """num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_decoder_layers
         num_encoder_layers num_key_value_heads n_mamba_heads num_experts_per_tok moe_k moe_top_k""",
-    HEADS: """num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads
+    "heads": """num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads
         num_decoder_attention_heads num_encoder_attention_heads""",
-    WIDTH // HEADS: """head_dim kv_lora_rank q_lora_rank v_head_dim mamba_d_head mamba_head_dim""",
-    2 * WIDTH: """intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim n_inner d_ff dff d_inner""",
-    WIDTH // 2: """moe_intermediate_size shared_expert_intermediate_size""",
-    EXPERTS: """num_experts num_local_experts n_routed_experts moe_num_experts""",
-    1: """n_group topk_group mamba_n_groups""",
-    2 * WIDTH // (WIDTH // HEADS): """mamba_n_heads mamba_num_heads""",
-    STATE: """mamba_d_state ssm_state_size state_size sliding_window attention_window_size window_size
+    "head width": """head_dim kv_lora_rank q_lora_rank v_head_dim mamba_d_head mamba_head_dim""",
+    "mlp": """intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim n_inner d_ff dff d_inner""",
+    "expert": """moe_intermediate_size shared_expert_intermediate_size""",
+    "experts": """num_experts num_local_experts n_routed_experts moe_num_experts""",
+    "one": """n_group topk_group mamba_n_groups""",
+    "mamba heads": """mamba_n_heads mamba_num_heads""",
+    "state": """mamba_d_state ssm_state_size state_size sliding_window attention_window_size window_size
         qk_rope_head_dim qk_nope_head_dim rotary_dim""",
-    POSITIONS: """max_position_embeddings n_positions n_ctx max_seq_len""",
+    "positions": """max_position_embeddings n_positions n_ctx max_seq_len""",
 }
-SIZES = {key: value for value, keys in VALUES.items() for key in keys.split()}
+VALUES = {
+    "width": WIDTH,
+    "two": 2,
+    "heads": HEADS,
+    "head width": WIDTH // HEADS,
+    "mlp": 2 * WIDTH,
+    "expert": WIDTH // 2,
+    "experts": EXPERTS,
+    "one": 1,
+    "mamba heads": 2 * WIDTH // (WIDTH // HEADS),
+    "state": STATE,
+    "positions": POSITIONS,
+}
+SIZES = {key: VALUES[name] for name, keys in KEYS.items() for key in keys.split()}
 TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
 LAYER_TYPES = ("layer_types", "layers_block_type", "mlp_layer_types")
 DEFAULT_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}}
@@ -36,6 +49,7 @@ PER_LAYER_INPUTS = {"vocab_size_per_layer_input": VOCABULARY, "num_kv_shared_lay
 CHANGES = {
     "bert": {"is_decoder": True},
     "dots1": {"n_shared_experts": 1, "n_routed_experts": EXPERTS, "num_experts_per_tok": 2},
+    "falcon_h1": {"mamba_d_ssm": 2 * WIDTH},
     "gemma3n": PER_LAYER_INPUTS,
     "gemma3n_text": PER_LAYER_INPUTS,
     "gemma4": PER_LAYER_INPUTS,

@@ -25,6 +25,8 @@ from transformers import (
     BigBirdForCausalLM,
     GPTNeoConfig,
     GPTNeoForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     RwkvConfig,
     RwkvForCausalLM,
 )
@@ -57,6 +59,25 @@ def test_batches_are_not_searched_for_padding(gpt2_folder, tmp_path, caplog):
     with caplog.at_level("WARNING", "transformers"):
         assert torch.equal(logits(load(tmp_path)), logits(load(gpt2_folder)))
     assert not caplog.records
+
+
+@pytest.mark.parametrize("size", [30, 36])  # 36 numbers of fp32 are a multiple of 16 bytes, of bf16 they are not
+def test_experts_of_any_size_train_in_fp32_and_bf16(tmp_path, capsys, size):
+    sizes = {"hidden_size": 64, "intermediate_size": size, "num_hidden_layers": 1, "num_local_experts": 4}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 300, "initializer_range": 0.3}
+    MixtralForCausalLM(MixtralConfig(**sizes, **heads)).save_pretrained(tmp_path)
+    own = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager").to(IDS.device)
+    torch.testing.assert_close(logits(load(tmp_path)), logits(own))
+    torch.testing.assert_close(logits(loading.load_fp32(tmp_path, tmp_path).to(IDS.device)), logits(own))
+    assert f"one after another, which is slower: {size} is no multiple of 8" in capsys.readouterr().out
+    for dtype in (torch.float32, torch.bfloat16):
+        network = new_adapter(tmp_path)
+        loading.cast_frozen(network, dtype)
+        before = trained_values(network)
+        train_one_step(network, dtype)
+        assert not any(
+            torch.equal(value, before[name]) for name, value in trained_values(network).items() if "_B." in name
+        )
 
 
 def test_weights_that_the_configuration_has_no_place_for_are_refused(gpt2_folder, tmp_path):

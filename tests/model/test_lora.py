@@ -6,12 +6,14 @@ import warnings
 import every_model
 import pytest
 import torch
+from peft import PeftModel
 from small_models import (
     IDS,
     INT8,
     LAYERS,
     NF4,
     PROJECTIONS,
+    change_trained,
     load,
     logits,
     new_adapter,
@@ -208,8 +210,8 @@ def test_weights_that_no_adapter_reaches_are_named(tiny_model):
     assert share == 100 * (64 * 64 + 256 * 64) / (12 * 64 * 64)
 
 
-def write_mixtral(folder) -> None:
-    sizes = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1, "num_local_experts": 4}
+def write_mixtral(folder, layers: int = 1) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": layers, "num_local_experts": 4}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 300, "initializer_range": 0.3}
     MixtralForCausalLM(MixtralConfig(**sizes, **heads)).save_pretrained(folder)
 
@@ -260,6 +262,26 @@ def test_layers_that_peft_takes_for_others_get_no_adapter_and_are_named(kind, ad
     assert set(lora.weights_without_adapter(network)[1]) >= left
 
 
+@pytest.mark.parametrize(("kind", "lost"), [("laguna", "mlp.shared_experts."), ("inkling2_text", "sconv.weight_proj")])
+def test_layers_that_peft_renames_on_loading_get_no_adapter_and_peft_reads_all_others(kind, lost, tmp_path):
+    """PEFT would leave out their values with a warning."""
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(every_model.small_config(kind))
+    assert any(lost in name for name, _ in base.named_modules())
+    base.save_pretrained(tmp_path / "base")
+    network = new_adapter(tmp_path / "base")
+    assert not any(lost in name for name in lora.lora_layers(network))
+    assert any(lost in f"{name}." for name in lora.weights_without_adapter(network)[1])
+    change_trained(network)
+    expected = logits(network)
+    lora.save_adapter(network, low_rank(), {}, tmp_path / "adapter")
+    assert torch.equal(logits(lora.load_adapter(load(tmp_path / "base"), tmp_path / "adapter")), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # PEFT's, of tensors that are missing
+        theirs = PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "adapter")
+    assert torch.equal(logits(theirs), expected)
+
+
 def test_layers_that_a_fused_kernel_of_mamba_reads_get_no_adapter():
     model = MambaForCausalLM(MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=50, state_size=4))
     kinds = {name.rpartition(".")[2] for name in lora.lora_layers(lora.attach_lora(model, low_rank()))}
@@ -289,3 +311,11 @@ def test_a_saved_adapter_lists_its_layers_in_order(tiny_model, tmp_path):
     )
     assert config["fan_in_fan_out"] is True
     assert {file.name for file in tmp_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_a_saved_adapter_lists_its_experts_in_order(tmp_path):
+    write_mixtral(tmp_path / "base", layers=4)
+    lora.save_adapter(new_adapter(tmp_path / "base"), low_rank(), {}, tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    names = [f"model.layers.{layer}.mlp.experts.{name}" for layer in range(4) for name in ("down_proj", "gate_up_proj")]
+    assert config["target_parameters"] == names
