@@ -19,7 +19,7 @@ class ScaledOutputs(torch.autograd.Function):
     """g (y - bias) + bias.
 
     Args of apply:
-        y: (tokens, out). scale: g, (out,) in fp32: in bf16 its small steps would be lost.
+        y: (tokens, out). scale: g, (out,) in fp32.
         bias: (out,), frozen, or None.
     """
 
@@ -85,12 +85,14 @@ def dora_forward(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def norms(layer: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
-    """Return the norms of the rows of W + s B A, (out,) in fp32. The base layer computes in `dtype`."""
+    """Return the norms of the rows of W + s B A, (out,) in fp32; autocast acts on the parts that hold A alone.
+
+    Args:
+        dtype: in which the base layer computes.
+    """
     a, b = (factor_weight(factors["default"]) for factors in (layer.lora_A, layer.lora_B))
     product = layer.base_layer(a.to(dtype)).float()  # A W^T, (r, out)
     if layer.base_layer.bias is not None:
         product = product - layer.base_layer.bias.float()
     s = layer.scaling["default"]
-    with torch.autocast(a.device.type, enabled=False):
-        squared = layer.base_norms_squared + 2 * s * (b.T * product).sum(0) + s**2 * (b @ (a @ a.T) * b).sum(1)
-    return squared.sqrt()
+    return (layer.base_norms_squared + 2 * s * (b.T * product).sum(0) + s**2 * (b @ (a @ a.T) * b).sum(1)).sqrt()

@@ -119,7 +119,9 @@ def test_the_mode_and_its_reason_are_printed(tiny_model, capsys):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"r": 3}, {"bits": 8}, {"bits": 4}, {"quantization": NF4}, {"quantization": INT8}], ids=str
+    "changes",
+    [{}, {"r": 3}, {"bits": 8}, {"bits": 4}, {"use_dora": True}, {"quantization": NF4}, {"quantization": INT8}],
+    ids=str,
 )
 def test_all_layers_share_one_compiled_graph_without_breaks(tiny_model, monkeypatch, changes):
     network, split = train_model(tiny_model, **changes), make_rows([17] * 4)
@@ -140,7 +142,7 @@ def test_all_layers_share_one_compiled_graph_without_breaks(tiny_model, monkeypa
     assert counters["stats"]["unique_graphs"] == 1  # validation has other shapes, and compiles nothing
 
 
-@pytest.mark.parametrize("changes", [{}, {"bits": 8}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"bits": 8}, {"use_dora": True}], ids=str)
 def test_torch_can_cache_compiled_layers_for_later_runs(tiny_model, monkeypatch, changes):
     network, split = train_model(tiny_model, **changes), make_rows([17] * 4)
     graphs = []
