@@ -1,3 +1,4 @@
+import gc
 import os
 import shutil
 import signal
@@ -14,6 +15,34 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # runs on a GPU the tests that hold there as well.
 if not os.environ.get("TEST_ON_GPU"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+# What tests import, above all torch and transformers, stays: searching all of it for garbage takes seconds.
+gc.disable()
+
+# Tests that one worker of pytest-xdist runs, since they share a fixture that takes long to make.
+SHARED = {
+    "every_method": ("stages/test_evaluate.py", "stages/test_evaluate_errors.py", "stages/test_outputs.py"),
+    "finished_project": ("stages/test_dvc_repro.py", "stages/test_dvc_yaml.py", "stages/test_experiments.py"),
+    "run_group": ("/distributed/",),
+}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With `--dist loadfile`, one worker runs all files that share a fixture."""
+    from xdist.scheduler.loadfile import LoadFileScheduling
+
+    class SharedFixtures(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return next((fixture for fixture, parts in SHARED.items() if any(part in file for part in parts)), file)
+
+    return SharedFixtures(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -94,7 +94,7 @@ def test_a_folder_of_save_to_disk_is_read(tmp_path, named):
         ("a.jsonl", b"\n \n", "no column 'text', only : set text_column"),
         ("a.jsonl", b"", "is empty: expected rows with a column 'text'"),
         ("a.csv", b"text,id,text\na,1,b\n", "2 columns 'text': expected one of this name"),
-        ("a.jsonl", gzip.compress(b'{"text": "a"}'), "holds gzip data, not a text: decompress it"),
+        ("a.jsonl", gzip.compress(b'{"text": "a"}', mtime=0), "holds gzip data, not a text: decompress it"),
         ("a.parquet", b"no table", "not readable as PARQUET: "),
         ("a.parquet.gz", b"x", "Parquet is compressed inside: expected the file without .gz"),
         ("a.jsonl.gz", b"x", "damaged: Not a gzipped file"),

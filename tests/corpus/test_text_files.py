@@ -14,6 +14,8 @@ from gpt2lora.pipeline.cli import StageError
 PIECES = st.lists(
     st.sampled_from(["a", "é", "😀", "\r", "\n", "\r\n", "\ufeff", "<s", "ep>", "<sep>", " "]), max_size=20
 )
+# Without a time in it: the workers of pytest-xdist must collect the same names.
+GZIPPED = gzip.compress(b"text", mtime=0)
 
 
 def read(path: Path) -> tuple[str, Counter]:
@@ -59,8 +61,8 @@ def test_bytes_that_are_not_utf8_are_named_with_their_position(tmp_path, monkeyp
     ("name", "data", "line"),
     [
         ("a.zip", b"PK\3\4\x14\0\0\0\x08\0\xff", "holds a ZIP archive, not a text: unpack it"),
-        ("a.txt", gzip.compress(b"text"), "holds gzip data, not a text: decompress it"),
-        ("a.txt.gz", gzip.compress(gzip.compress(b"text")), "decompressed, it holds gzip data, not a text"),
+        ("a.txt", GZIPPED, "holds gzip data, not a text: decompress it"),
+        ("a.txt.gz", gzip.compress(GZIPPED, mtime=0), "decompressed, it holds gzip data, not a text"),
         ("a.txt", b"\x28\xb5\x2f\xfd\x04\x00", "holds zstd data, not a text: decompress it"),
         ("data.arrow", b"ARROW1\0\0text", "holds an Arrow table, not a text: save it as Parquet"),
         ("data.arrow", b"\xff\xff\xff\xff\x88\1\0\0", "holds an Arrow stream, not a text: give the whole folder"),
@@ -84,7 +86,9 @@ def test_a_compressed_text_is_decompressed(tmp_path):
     assert read(tmp_path / "a.txt.gz")[0] == "one\ntwo\n" * 1000
 
 
-@pytest.mark.parametrize("data", [b"no gzip at all", gzip.compress(b"text" * 100)[:-9]], ids=["other", "truncated"])
+@pytest.mark.parametrize(
+    "data", [b"no gzip at all", gzip.compress(b"text" * 100, mtime=0)[:-9]], ids=["other", "truncated"]
+)
 def test_a_damaged_compressed_text_is_named(tmp_path, data):
     (tmp_path / "a.txt.gz").write_bytes(data)
     with pytest.raises(StageError, match=r"a\.txt\.gz: damaged: "):

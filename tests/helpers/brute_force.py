@@ -27,12 +27,23 @@ def rolling_contexts(length: int, context: int) -> list[int]:
 
 def score_token(network, context: Sequence[int], target: int) -> tuple[float, int]:
     """Return the negative log-likelihood of one token after `context`, in nats, and how many others are likelier."""
+    return score_pairs(network, [(context, target)])[0]
+
+
+def score_pairs(network, pairs: list[tuple[Sequence[int], int]]) -> list[tuple[float, int]]:
+    """Return the same for many tokens. Contexts of one length are a batch, so that nothing is padded or masked."""
     import torch
 
-    with torch.no_grad():
-        logits = network(input_ids=torch.tensor([context]), use_cache=False).logits
-    log_likelihoods = logits[0, -1].log_softmax(-1)
-    return -float(log_likelihoods[target]), int((log_likelihoods > log_likelihoods[target]).sum())
+    scores = {}
+    for length in {len(context) for context, _ in pairs}:
+        places = [place for place, (context, _) in enumerate(pairs) if len(context) == length]
+        with torch.no_grad():
+            batch = torch.tensor([pairs[place][0] for place in places])
+            rows = network(input_ids=batch, use_cache=False).logits[:, -1].log_softmax(-1)
+        for place, row in zip(places, rows, strict=True):
+            target = row[pairs[place][1]]
+            scores[place] = -float(target), int((row > target).sum())
+    return [scores[place] for place in range(len(pairs))]
 
 
 def score_tokens(network, texts: list[list[int]], contexts: list[Sequence[int]]) -> tuple[float, np.ndarray]:
@@ -44,11 +55,12 @@ def score_tokens(network, texts: list[list[int]], contexts: list[Sequence[int]])
     Returns:
         The summed negative log-likelihood, and the rank of each token.
     """
-    scores = [
-        score_token(network, text[index - length : index], text[index])
+    pairs = [
+        (text[index - length : index], text[index])
         for text, lengths in zip(texts, contexts, strict=True)
         for index, length in enumerate(lengths, start=1)
     ]
+    scores = score_pairs(network, pairs)
     return sum(nll for nll, _ in scores), np.array([rank for _, rank in scores])
 
 

@@ -1,6 +1,10 @@
 """A tiny model, a tiny corpus and a temporary copy of the project that uses them: whole runs take seconds."""
 
 import contextlib
+import functools
+import io
+import json
+import operator
 import os
 import random
 import shutil
@@ -191,20 +195,26 @@ def train_params(**changes):
 
 def set_param(project: Path, key: str, value: Any) -> None:
     """Change one value in a project's params.yaml, which keeps its comments."""
+    file = project / "params.yaml"
+    file.write_text(changed_yaml(file.read_text(encoding="utf-8"), key, json.dumps(value)), encoding="utf-8")
+
+
+@functools.cache  # hundreds of tests begin with the same changes of the same file
+def changed_yaml(text: str, key: str, value: str) -> str:
+    """Change one value in the text of params.yaml; `value` is JSON, so that 1, 1.0 and true differ."""
     from ruamel.yaml import YAML
 
     yaml = YAML()
     yaml.width = 1000
     yaml.indent(mapping=2, sequence=4, offset=2)
-    file = project / "params.yaml"
-    values = yaml.load(file)
-    section = values
+    values = yaml.load(text)
     *sections, last = key.split(".")
-    for name in sections:
-        section = section[name]
+    section = functools.reduce(operator.getitem, sections, values)
     assert last in section, f"params.yaml has no {key}"
-    section[last] = value
-    yaml.dump(values, file)
+    section[last] = json.loads(value)
+    changed = io.StringIO()
+    yaml.dump(values, changed)
+    return changed.getvalue()
 
 
 def commit(project: Path, message: str) -> None:

@@ -8,6 +8,8 @@ import tiny
 from dvc_yaml import STAGES, stages_run
 from evaluated_methods import run_every_method
 
+from gpt2lora.evaluation import passage, plots
+
 OUTPUTS = ("data/base", "data/raw", "data/tokens", "data/adapter")
 
 
@@ -70,12 +72,24 @@ def finished(finished_project) -> Path:
     tiny.run(finished_project, "dvc", "checkout", "--quiet")
 
 
+def draw_nothing(patch: pytest.MonkeyPatch) -> None:
+    """Let `train` and `evaluate` draw no pictures, which take longer than all else that they do for a tiny model."""
+    patch.setattr(plots, "draw_plots", lambda *_: None)
+    patch.setattr(passage, "draw_passage", lambda *_: None)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch) -> None:
+    draw_nothing(monkeypatch)
+
+
 @pytest.fixture(scope="session")
 def every_method(tmp_path_factory, tiny_model, tiny_corpus) -> Path:
-    """A project in which every method was trained and evaluated, each into a folder with its name."""
+    """A project in which every method was trained and evaluated, each into a folder with its name, without pictures."""
     folder = tiny.make_project(tmp_path_factory.mktemp("methods") / "project", tiny_model, tiny_corpus)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        draw_nothing(patch)
         run_every_method(folder)
     return folder
 

@@ -138,17 +138,18 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_uses_exactly_what_it_declares(stage, finished, params_read, fake_hub, monkeypatch, tmp_path):
+def test_a_stage_uses_exactly_what_it_declares(stage, finished_project, params_read, fake_hub, monkeypatch, tmp_path):
     used, declared = set(), set()
     for number, variant in enumerate(VARIANTS[stage]):
         # The folder holds only what the stage declares.
         folder = tmp_path / str(number)
         folder.mkdir()
-        shutil.copy(finished / "params.yaml", folder)
+        shutil.copy(finished_project / "params.yaml", folder)
         inputs = {name for name in declared_files(stage, "deps")} - declared_code(stage)
         for name in inputs:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (shutil.copytree if (finished / name).is_dir() else shutil.copyfile)(finished / name, folder / name)
+            source = finished_project / name
+            (shutil.copytree if source.is_dir() else shutil.copyfile)(source, folder / name)
         for key, value in variant.items():
             set_param(folder, key, value)
 

@@ -19,7 +19,7 @@ from stages import evaluate
 
 BLOCK_SIZE = 32  # tokenize.block_size of tiny's projects
 
-pytestmark = pytest.mark.usefixtures("methods_folder")
+pytestmark = pytest.mark.usefixtures("methods_folder", "no_pictures")
 
 
 @pytest.mark.parametrize("method", METHODS)
