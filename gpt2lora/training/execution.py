@@ -139,7 +139,7 @@ def choose_execution(
     if train.targets < MIN_FILL * len(train) * train.width:
         return "eager", "rows differ in length"
     if dora_forward.has_peft_dora(model):
-        return "captured", "one CUDA graph a batch; DoRA with dropout does not compile"
+        return "captured", "one CUDA graph a batch; PEFT's forward pass of DoRA does not compile"
     if compiled == "never":
         return "captured", "train.compile is never"
     if missing := missing_compile_requirement():
