@@ -16,6 +16,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not os.environ.get("TEST_ON_GPU"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+# A shell's background job ignores Ctrl-C; so would the processes to which tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # What tests import, above all torch and transformers, stays: searching all of it for garbage takes seconds.
 gc.disable()
 
