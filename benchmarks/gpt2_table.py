@@ -23,7 +23,7 @@ from gpt2lora.pipeline.cli import StageError, command, echo
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
     "qlora": {},
-    "full": {"train.learning_rate": 5e-5},  # the best of docs/methods.md
+    "full": {"train.learning_rate": 2e-5},  # the best of docs/methods.md
 }
 PROTOCOLS = {"native": "perplexity", "hf": "perplexity", "lm-eval": "word_perplexity"}  # and the metric of each
 
