@@ -85,14 +85,11 @@ def dora_forward(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def norms(layer: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
-    """Return the norms of the rows of W + s B A, (out,) in fp32; autocast acts on the parts that hold A alone.
-
-    Args:
-        dtype: in which the base layer computes.
-    """
+    """Return the norms of the rows of W + s B A, (out,) in fp32. The base layer computes in `dtype`."""
     a, b = (factor_weight(factors["default"]) for factors in (layer.lora_A, layer.lora_B))
     product = layer.base_layer(a.to(dtype)).float()  # A W^T, (r, out)
     if layer.base_layer.bias is not None:
         product = product - layer.base_layer.bias.float()
-    s = layer.scaling["default"]
-    return (layer.base_norms_squared + 2 * s * (b.T * product).sum(0) + s**2 * (b @ (a @ a.T) * b).sum(1)).sqrt()
+    s, cross = layer.scaling["default"], (b.T * product).sum(0)
+    a, b = a.double(), b.double()  # autocast would compute their products in bf16, but leaves fp64 alone
+    return (layer.base_norms_squared + 2 * s * cross + s**2 * (b @ (a @ a.T) * b).sum(1)).sqrt().float()
