@@ -29,7 +29,7 @@ test-slow: $(INSTALLED) ## run the tests that `make test` leaves out: kills, clo
 test-kill: $(INSTALLED) ## kill every stage 200 times at random moments
 	KILLS=200 $(BIN)/python -m pytest tests/reliability/test_killed.py -k random_moments --timeout 3600
 
-test-models: $(INSTALLED) ## train and evaluate a small model of every type that transformers knows: an hour or more
+test-models: $(INSTALLED) ## train and evaluate a small model of every type that transformers knows: half an hour
 	EVERY_MODEL=1 $(PYTEST) tests/model/test_every_model.py
 
 test-peers: $(INSTALLED) ## compare with lm-evaluation-harness and transformers' Trainer; installs the extra `peers`
