@@ -14,6 +14,10 @@ import torch
 
 from gpt2lora.model.lora_forward import FUSED_LAYERS, factor_weight, lora_forward
 
+# A bias may be larger than all else, as in Qwen2's keys, and bf16 rounds its sum with the product. Beside 2^20 times
+# the product it does not count. A power of two costs no bit.
+OVER_BIAS = 2.0**20
+
 
 class ScaledOutputs(torch.autograd.Function):
     """g (y - bias) + bias.
@@ -31,10 +35,8 @@ class ScaledOutputs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         y, scale, bias = ctx.saved_tensors
-        scale_gradient = (gradient * y).sum(0, dtype=torch.float32)
-        if bias is not None:
-            scale_gradient -= gradient.sum(0, dtype=torch.float32) * bias
-        return scale_columns(gradient, scale, 0), scale_gradient, None
+        scale_gradient = gradient * (y if bias is None else y - bias)
+        return scale_columns(gradient, scale, 0), scale_gradient.sum(0, dtype=torch.float32), None
 
 
 def scale_columns(y: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | int) -> torch.Tensor:
@@ -87,9 +89,9 @@ def dora_forward(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
 def norms(layer: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
     """Return the norms of the rows of W + s B A, (out,) in fp32. The base layer computes in `dtype`."""
     a, b = (factor_weight(factors["default"]) for factors in (layer.lora_A, layer.lora_B))
-    product = layer.base_layer(a.to(dtype)).float()  # A W^T, (r, out)
+    product = layer.base_layer((a * OVER_BIAS).to(dtype)).float()  # A W^T and the bias, (r, out)
     if layer.base_layer.bias is not None:
         product = product - layer.base_layer.bias.float()
-    s, cross = layer.scaling["default"], (b.T * product).sum(0)
+    s, cross = layer.scaling["default"], (b.T * product).sum(0) / OVER_BIAS
     a, b = a.double(), b.double()  # autocast would compute their products in bf16, but leaves fp64 alone
     return (layer.base_norms_squared + 2 * s * cross + s**2 * (b @ (a @ a.T) * b).sum(1)).sqrt().float()

@@ -53,6 +53,19 @@ def test_dora_scales_the_rows_of_the_sum_to_learned_norms(model_folder):
         torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-9)
 
 
+def test_dora_s_norms_are_right_in_bf16_beside_large_biases(model_folder):
+    network, _, _ = random_adapter(model_folder, r=4, alpha=8, use_dora=True)
+    dora_forward.fuse_dora(network)
+    for name, layer in lora.lora_layers(network).items():
+        if layer.base_layer.bias is not None:
+            torch.nn.init.normal_(layer.base_layer.bias, std=150)  # as in Qwen2's keys
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        expected = (float_weight(layer.base_layer) + 2 * b @ a).norm(dim=1).float()
+        with torch.autocast(IDS.device.type, torch.bfloat16):
+            found = dora_forward.norms(layer, torch.bfloat16)
+        torch.testing.assert_close(found, expected, rtol=5e-3, atol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
 def test_the_update_of_a_conv1d_layer_is_not_transposed(gpt2_folder):
     network = new_adapter(gpt2_folder, r=4, alpha=8, target_modules=["attn.c_attn"])
     layer = network.get_base_model().transformer.h[0].attn.c_attn
