@@ -13,6 +13,7 @@ import types
 import torch
 
 from gpt2lora.model.lora_forward import FUSED_LAYERS, factor_weight, lora_forward
+from gpt2lora.pipeline.cli import StageError
 
 # A bias may be larger than all else, as in Qwen2's keys, and bf16 rounds its sum with the product. Beside 2^20 times
 # the product it does not count. A power of two costs no bit.
@@ -51,8 +52,17 @@ def fuse_dora(network: torch.nn.Module) -> None:
 
     Call it when the initial values are set, and before the base is cast to a shorter type. With dropout, PEFT's pass
     stays: it computes the base's part from dropped inputs, too.
+
+    Raises:
+        StageError: a row of W is 0, and with it the norm by which DoRA divides.
     """
     for layer in dora_layers(network):
+        if not layer.lora_magnitude_vector["default"].weight.all():
+            name = next(name for name, module in network.named_modules() if module is layer)
+            raise StageError(
+                f"{name.removeprefix('base_model.model.')} has a row of zeros, by whose norm DoRA divides: set "
+                "lora.use_dora to false, or lora.target_modules to other layers"
+            )
         has_dropout = not isinstance(layer.lora_dropout["default"], torch.nn.Identity)
         if type(layer.base_layer).__name__ in FUSED_LAYERS and not has_dropout:
             layer.register_buffer("base_norms_squared", base_norms_squared(layer), persistent=False)

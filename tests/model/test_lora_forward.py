@@ -3,11 +3,13 @@
 import math
 
 import pytest
+import tiny
 import torch
-from small_models import IDS, INT8, NF4, float_weight, logits, new_adapter, random_adapter
+from small_models import IDS, INT8, NF4, float_weight, load, logits, new_adapter, random_adapter
 from transformers.pytorch_utils import Conv1D
 
 from gpt2lora.model import dora_forward, lora, lora_forward
+from gpt2lora.pipeline.cli import StageError
 from gpt2lora.training import dropout
 from gpt2lora.training.loss import nll_sum
 
@@ -64,6 +66,15 @@ def test_dora_s_norms_are_right_in_bf16_beside_large_biases(model_folder):
         with torch.autocast(IDS.device.type, torch.bfloat16):
             found = dora_forward.norms(layer, torch.bfloat16)
         torch.testing.assert_close(found, expected, rtol=5e-3, atol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_dora_refuses_rows_of_zeros(gpt2_folder):
+    base = load(gpt2_folder)
+    with torch.no_grad():
+        base.transformer.h[1].mlp.c_fc.weight[:, 3] = 0  # of Conv1D: the weights of one output
+    network = lora.attach_lora(base, tiny.low_rank(use_dora=True))
+    with pytest.raises(StageError, match=r"^transformer\.h\.1\.mlp\.c_fc has a row of zeros"):
+        dora_forward.fuse_dora(network)
 
 
 def test_the_update_of_a_conv1d_layer_is_not_transposed(gpt2_folder):
