@@ -1,7 +1,7 @@
 """generate: continue a prompt with the tuned model or with its base.
 
 in   data/base, data/adapter
-out  stdout: the prompt and its continuation, token by token; stderr: the model and the device
+out  stdout: the prompt and its continuation, without special tokens; stderr: the model and the device
 """
 
 import math
@@ -61,7 +61,7 @@ def reject_nan(context: click.Context, option: click.Parameter, value: float) ->
 @click.option("--greedy", is_flag=True, help="Always take the likeliest token: no temperature, top-k, top-p or seed.")
 @click.option("--seed", type=click.IntRange(0, SEEDS - 1), default=0, show_default=True, help="Same seed, same text.")
 def main(prompt: str, base: bool, max_new_tokens: int | None, greedy: bool, seed: int, **sampling: float) -> None:
-    """Continue PROMPT with the tuned model. An empty PROMPT begins a new text."""
+    """Continue PROMPT with the tuned model. An empty PROMPT begins a new text. Special tokens are read, not shown."""
     config, tokenizer, end = read_base(BASE)
     ids = encode_prompt(tokenizer, prompt, end)
     max_new_tokens = choose_length(len(ids), max_new_tokens, config)

@@ -51,7 +51,8 @@ def fuse_dora(network: torch.nn.Module) -> None:
     """Give DoRA layers the forward pass of this module.
 
     Call it when the initial values are set, and before the base is cast to a shorter type. With dropout, PEFT's pass
-    stays: it computes the base's part from dropped inputs, too.
+    stays: it computes the base's part from dropped inputs, too. It is also for init olora and pissa: W and s B A
+    may nearly cancel each other, and the sum of the terms would be wrong in bf16, or negative.
 
     Raises:
         StageError: a row of W is 0, and with it the norm by which DoRA divides.

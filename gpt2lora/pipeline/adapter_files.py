@@ -22,7 +22,7 @@ IGNORED = (
     *("auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "exclude_modules"),
     *("fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_dropout"),
     *("megatron_core", "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config"),
-    *("target_modules", "task_type"),
+    *("target_modules", "target_parameters", "task_type"),
 )
 INITS_OF_THE_WHOLE_BASE = (None, True, False, "gaussian", "eva", "orthogonal")  # the others change the base as well
 

@@ -37,7 +37,8 @@ def echo_validation_time(seconds: float, options: TrainParams, steps: int) -> No
 def echo_validation(history: History, steps: int) -> None:
     """Print the loss of the last validation."""
     row = history.rows[-1] if history.rows else {"step": 0, "validation_loss": history.start_loss}
-    lowest = ", the lowest so far" if row is history.best else ""
+    is_lowest = row is history.best and row["validation_loss"] < history.start_loss
+    lowest = ", the lowest so far" if is_lowest else ""
     echo(f"train: step {row['step']:,} of {steps:,}: validation loss {row['validation_loss']:.4f} nats/token{lowest}")
 
 

@@ -35,8 +35,9 @@ from transformers import (
 )
 
 from gpt2lora.model import lora
-from gpt2lora.model.loading import cast_frozen
+from gpt2lora.model.loading import cast_frozen, load_for_training
 from gpt2lora.model.quantization import count_frozen_parameters
+from gpt2lora.pipeline import adapter_files
 from gpt2lora.pipeline.cli import StageError
 from gpt2lora.training.loss import nll_sum
 
@@ -223,6 +224,16 @@ def test_experts_held_as_parameters_get_no_adapter_with_dropout_and_are_named(tm
     assert names == ["mlp.experts.down_proj", "mlp.experts.gate_up_proj", "mlp.gate.weight"]
     experts, attention = 4 * 3 * 64 * 32 + 4 * 64, 4 * 64 * 64
     assert share == 100 * experts / (experts + attention)
+
+
+def test_training_begins_from_the_adapter_of_a_mixture(tmp_path):
+    write_mixtral(tmp_path / "base")
+    network, chosen, _ = random_adapter(tmp_path / "base")
+    lora.save_adapter(network, chosen, {}, tmp_path / "adapter")
+    start = low_rank(start_from=str(tmp_path / "adapter"))
+    adapter_files.check_start(start)
+    started, _ = load_for_training(tmp_path / "base", "lora", None, start, torch.float32)
+    assert torch.equal(logits(started), logits(network))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

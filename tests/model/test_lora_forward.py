@@ -8,7 +8,7 @@ import torch
 from small_models import IDS, INT8, NF4, float_weight, load, logits, new_adapter, random_adapter
 from transformers.pytorch_utils import Conv1D
 
-from gpt2lora.model import dora_forward, lora, lora_forward
+from gpt2lora.model import dora_forward, loading, lora, lora_forward
 from gpt2lora.pipeline.cli import StageError
 from gpt2lora.training import dropout
 from gpt2lora.training.loss import nll_sum
@@ -66,6 +66,16 @@ def test_dora_s_norms_are_right_in_bf16_beside_large_biases(model_folder):
         with torch.autocast(IDS.device.type, torch.bfloat16):
             found = dora_forward.norms(layer, torch.bfloat16)
         torch.testing.assert_close(found, expected, rtol=5e-3, atol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("init", ["default", "pissa", "olora", "orthogonal"])
+def test_dora_begins_as_the_base_in_bf16(model_folder, init):
+    """Also with a large scale, alpha / r, for which olora subtracts much from the base."""
+    expected = nll_sum(load(model_folder), IDS[:, :-1], IDS[:, 1:], torch.float32)
+    chosen = tiny.low_rank(init=init, use_dora=True, r=2 if init == "orthogonal" else 1, alpha=32)
+    network, _ = loading.load_for_training(model_folder, "lora", None, chosen, torch.bfloat16)
+    found = nll_sum(network, IDS[:, :-1], IDS[:, 1:], torch.bfloat16)
+    assert float(found) == pytest.approx(float(expected), rel=1e-2)
 
 
 def test_dora_refuses_rows_of_zeros(gpt2_folder):

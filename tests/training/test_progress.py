@@ -101,3 +101,11 @@ def test_a_signal_ends_a_validation_and_the_run_resumes_with_it(training_folder,
     assert f"stopped after step {first} of {steps}; checkpoint in" in stop_in_batch(1)  # in the validation left over
     run_stage(train.main)
     assert read_outputs(training_folder) == expected
+
+
+@pytest.mark.parametrize(("loss", "ending"), [(3.0, "nats/token, the lowest so far\n"), (5.0, "nats/token\n")])
+def test_the_lowest_loss_is_below_that_before_training(capsys, loss, ending):
+    history = History([{"step": 1, "validation_loss": loss}], 4.0, {}, 0, 0.0)
+    history.best = history.rows[0]
+    progress.echo_validation(history, 2)
+    assert capsys.readouterr().out.endswith(ending)
