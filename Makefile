@@ -16,7 +16,7 @@ help: ## list the targets
 demo: $(INSTALLED) ## run the whole pipeline on the embedded sample, with LoRA and with QLoRA, and compare them
 	@$(BIN)/python tools/demo.py
 
-test: $(INSTALLED) ## lint, and run the tests that tell quickly: about 4 minutes
+test: $(INSTALLED) ## lint, and run the tests that tell quickly: about 5 minutes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(PYTEST) -m "not slow"
