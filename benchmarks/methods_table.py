@@ -22,8 +22,6 @@ COLUMNS: dict[str, tuple[Callable[[dict], float], str]] = {  # of the final tabl
     "both stages, s": (lambda r: r["seconds"] if r["jobs"] == 1 else None, ".0f"),
 }
 
-RELATIVE = ("beside lora, %",)  # figures of a pair of runs
-
 
 def spread(numbers: list[float | None], form: str) -> str:
     """Return the mean and, if the numbers differ, the sample standard deviation; nothing if all are missing."""
@@ -48,14 +46,15 @@ def means(records: Records) -> dict[str, tuple[float, float]]:
 
 
 def all_runs(records: Records) -> pandas.DataFrame:
-    """Return a row for each run that succeeded, by method, learning rate and seed."""
+    """Return a row for each run that succeeded, by method, learning rate and seed; no column that would be empty."""
     rows = []
     for key, record in records.items():
         if record["error"] is None:
             method, rate, seed = re.fullmatch(r"(.+)-lr-(.+)-seed-(.+)", key).groups()
-            figures = {name: figure(record) for name, (figure, _) in COLUMNS.items() if name not in RELATIVE}
+            figures = {name: figure(record) for name, (figure, _) in COLUMNS.items()}
             rows.append({"method": method, "learning rate": float(rate), "seed": int(seed), **figures})
-    return pandas.DataFrame(rows).sort_values(["method", "learning rate", "seed"], ignore_index=True)
+    table = pandas.DataFrame(rows).sort_values(["method", "learning rate", "seed"], ignore_index=True)
+    return table.dropna(axis="columns", how="all")
 
 
 def render(records: Records, conditions: dict) -> str:

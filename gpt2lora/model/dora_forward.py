@@ -14,6 +14,7 @@ import torch
 
 from gpt2lora.model.lora_forward import FUSED_LAYERS, factor_weight, lora_forward
 from gpt2lora.pipeline.cli import StageError
+from gpt2lora.pipeline.schemas import FROM_BASE
 
 # A bias may be larger than all else, as in Qwen2's keys, and bf16 rounds its sum with the product. Beside 2^20 times
 # the product it does not count. A power of two costs no bit.
@@ -47,12 +48,15 @@ def scale_columns(y: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | in
     return torch.mul(y, scale, out=torch.empty_like(y)).add_(shift)
 
 
-def fuse_dora(network: torch.nn.Module) -> None:
-    """Give DoRA layers the forward pass of this module.
+def fuse_dora(network: torch.nn.Module, init: str) -> None:
+    """Give DoRA layers the forward pass of this module, where it computes the same as PEFT's.
 
     Call it when the initial values are set, and before the base is cast to a shorter type. With dropout, PEFT's pass
-    stays: it computes the base's part from dropped inputs, too. It is also for init olora and pissa: W and s B A
-    may nearly cancel each other, and the sum of the terms would be wrong in bf16, or negative.
+    stays: it computes the base's part from dropped inputs, too. It also stays with init olora and pissa: W keeps what
+    s B A takes, and the sum of terms that nearly cancel each other would be wrong in bf16, or negative.
+
+    Args:
+        init: lora.init.
 
     Raises:
         StageError: a row of W is 0, and with it the norm by which DoRA divides.
@@ -65,7 +69,7 @@ def fuse_dora(network: torch.nn.Module) -> None:
                 "lora.use_dora to false, or lora.target_modules to other layers"
             )
         has_dropout = not isinstance(layer.lora_dropout["default"], torch.nn.Identity)
-        if type(layer.base_layer).__name__ in FUSED_LAYERS and not has_dropout:
+        if type(layer.base_layer).__name__ in FUSED_LAYERS and not has_dropout and init not in FROM_BASE:
             layer.register_buffer("base_norms_squared", base_norms_squared(layer), persistent=False)
             layer.forward = types.MethodType(dora_forward, layer)
 

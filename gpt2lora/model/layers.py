@@ -76,6 +76,8 @@ def linear_layers(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
         for name, module in model.named_modules()
         if is_linear(module) and module is not head and not name.endswith(fused)
     }
+    if get_checkpoint_conversion_mapping(model.config.model_type) is None:  # PEFT renames nothing
+        return layers
     left_out = replaced_by_experts(model, list(layers)) | renamed_on_loading(model, list(layers))
     return {name: module for name, module in layers.items() if name not in left_out}
 
@@ -100,8 +102,6 @@ def replaced_by_experts(model: PreTrainedModel, names: list[str]) -> set[str]:
     In older versions of transformers, experts were linear layers, with names such as gate_proj. In models with such
     experts, PEFT takes all layers of these names for them, dense ones and shared experts too.
     """
-    if get_checkpoint_conversion_mapping(model.config.model_type) is None:
-        return set()
     from peft import LoraConfig
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
@@ -117,8 +117,6 @@ def renamed_on_loading(model: PreTrainedModel, names: list[str]) -> set[str]:
     Where the pattern of an old name matches the new name too, it makes a third one of it: of Laguna's shared_experts.
     shared_experts.. since shared_expert. is meant. PEFT then leaves out what it has no place for, with a warning.
     """
-    if get_checkpoint_conversion_mapping(model.config.model_type) is None:
-        return set()
     from peft import LoraConfig
     from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 

@@ -19,7 +19,7 @@ from gpt2lora.model.quantization import bitsandbytes_config, check_4bit_width, p
 from gpt2lora.pipeline.adapter_files import METHOD_FILE, find_start, read_method_file, verify_adapter
 from gpt2lora.pipeline.artifacts import digests, verify_digests
 from gpt2lora.pipeline.cli import StageError, echo
-from gpt2lora.pipeline.schemas import FROM_BASE, LoraParams, QuantizationParams
+from gpt2lora.pipeline.schemas import LoraParams, QuantizationParams
 
 transformers_logging.disable_progress_bar()  # reading weights takes a second
 
@@ -110,8 +110,7 @@ def load_for_training(
     if start := find_start(lora_params):
         lora.load_start(model, start)
     initial_factors = lora_init.initialize_lora(lora.lora_layers(model), lora_params.init, floats)
-    if lora_params.init not in FROM_BASE:  # W keeps what s B A takes: sums that cancel each other lose their digits
-        fuse_dora(model)
+    fuse_dora(model, lora_params.init)
     if not has_peft_dora(model):  # it computes norms of whole weights, which need fp32
         cast_frozen(model, dtype)
     return model, initial_factors

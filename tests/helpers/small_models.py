@@ -12,6 +12,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -48,6 +50,13 @@ def write_llama(folder: Path, **changes) -> Path:
     size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
     shape = {"max_position_embeddings": 64, "tie_word_embeddings": False}
     return _write(LlamaForCausalLM, LlamaConfig(**COMMON | size | shape | changes), folder)
+
+
+def write_mixtral(folder: Path, **changes) -> Path:
+    """Write a mixture of one layer, whose experts are parameters and not layers."""
+    size = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1, "num_local_experts": 4}
+    shape = {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 300, "initializer_range": 0.3}
+    return _write(MixtralForCausalLM, MixtralConfig(**size | shape | changes), folder)
 
 
 def write_bloom(folder: Path) -> Path:

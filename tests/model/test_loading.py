@@ -16,6 +16,7 @@ from small_models import (
     on_every_base,
     on_quantized_bases,
     train_one_step,
+    write_mixtral,
 )
 from tiny import low_rank
 from training_steps import LENGTHS, frozen_values, make_rows, step_gradients, trained_values
@@ -25,8 +26,6 @@ from transformers import (
     BigBirdForCausalLM,
     GPTNeoConfig,
     GPTNeoForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
     RwkvConfig,
     RwkvForCausalLM,
 )
@@ -63,9 +62,7 @@ def test_batches_are_not_searched_for_padding(gpt2_folder, tmp_path, caplog):
 
 @pytest.mark.parametrize("size", [30, 36])  # 36 numbers of fp32 are a multiple of 16 bytes, of bf16 they are not
 def test_experts_of_any_size_train_in_fp32_and_bf16(tmp_path, capsys, size):
-    sizes = {"hidden_size": 64, "intermediate_size": size, "num_hidden_layers": 1, "num_local_experts": 4}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 300, "initializer_range": 0.3}
-    MixtralForCausalLM(MixtralConfig(**sizes, **heads)).save_pretrained(tmp_path)
+    write_mixtral(tmp_path, intermediate_size=size)
     own = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager").to(IDS.device)
     torch.testing.assert_close(logits(load(tmp_path)), logits(own))
     torch.testing.assert_close(logits(loading.load_fp32(tmp_path, tmp_path).to(IDS.device)), logits(own))

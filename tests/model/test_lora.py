@@ -21,6 +21,7 @@ from small_models import (
     random_adapter,
     train_one_step,
     write_llama,
+    write_mixtral,
 )
 from tiny import low_rank
 from training_steps import frozen_values
@@ -30,8 +31,6 @@ from transformers import (
     FalconForCausalLM,
     MambaConfig,
     MambaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
 )
 
 from gpt2lora.model import lora
@@ -211,12 +210,6 @@ def test_weights_that_no_adapter_reaches_are_named(tiny_model):
     assert share == 100 * (64 * 64 + 256 * 64) / (12 * 64 * 64)
 
 
-def write_mixtral(folder, layers: int = 1) -> None:
-    sizes = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": layers, "num_local_experts": 4}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 300, "initializer_range": 0.3}
-    MixtralForCausalLM(MixtralConfig(**sizes, **heads)).save_pretrained(folder)
-
-
 def test_experts_held_as_parameters_get_no_adapter_with_dropout_and_are_named(tmp_path):
     write_mixtral(tmp_path)
     network = new_adapter(tmp_path, dropout=0.05)
@@ -325,7 +318,7 @@ def test_a_saved_adapter_lists_its_layers_in_order(tiny_model, tmp_path):
 
 
 def test_a_saved_adapter_lists_its_experts_in_order(tmp_path):
-    write_mixtral(tmp_path / "base", layers=4)
+    write_mixtral(tmp_path / "base", num_hidden_layers=4)
     lora.save_adapter(new_adapter(tmp_path / "base"), low_rank(), {}, tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     names = [f"model.layers.{layer}.mlp.experts.{name}" for layer in range(4) for name in ("down_proj", "gate_up_proj")]

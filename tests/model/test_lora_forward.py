@@ -57,7 +57,7 @@ def test_dora_scales_the_rows_of_the_sum_to_learned_norms(model_folder):
 
 def test_dora_s_norms_are_right_in_bf16_beside_large_biases(model_folder):
     network, _, _ = random_adapter(model_folder, r=4, alpha=8, use_dora=True)
-    dora_forward.fuse_dora(network)
+    dora_forward.fuse_dora(network, "default")
     for name, layer in lora.lora_layers(network).items():
         if layer.base_layer.bias is not None:
             torch.nn.init.normal_(layer.base_layer.bias, std=150)  # as in Qwen2's keys
@@ -84,7 +84,7 @@ def test_dora_refuses_rows_of_zeros(gpt2_folder):
         base.transformer.h[1].mlp.c_fc.weight[:, 3] = 0  # of Conv1D: the weights of one output
     network = lora.attach_lora(base, tiny.low_rank(use_dora=True))
     with pytest.raises(StageError, match=r"^transformer\.h\.1\.mlp\.c_fc has a row of zeros"):
-        dora_forward.fuse_dora(network)
+        dora_forward.fuse_dora(network, "default")
 
 
 def test_the_update_of_a_conv1d_layer_is_not_transposed(gpt2_folder):
@@ -139,7 +139,7 @@ def test_dropout_masks_drop_their_share_independently(make_mask):
 def test_loss_and_gradients_equal_those_of_peft(model_folder, quantization, changes):
     ours, _, _ = random_adapter(model_folder, quantization, **changes)
     theirs, _, _ = random_adapter(model_folder, quantization, **changes)
-    dora_forward.fuse_dora(ours)
+    dora_forward.fuse_dora(ours, "default")
     assert all("forward" in vars(module) for module in lora.lora_layers(ours).values())
     for module in lora.lora_layers(theirs).values():
         vars(module).pop("forward", None)  # our forward pass, which hides the one of PEFT's class

@@ -36,7 +36,7 @@ def train_model(folder, quantization=None, **changes) -> torch.nn.Module:
     """Return a model in training mode, without dropout in its base, whose adapter has gradients everywhere."""
     network = new_adapter(folder, quantization, **changes)
     fill_factors_b(network, 0.02)
-    dora_forward.fuse_dora(network)
+    dora_forward.fuse_dora(network, "default")
     dropout.set_base_dropout(network, 0.0)
     return network.train()
 
