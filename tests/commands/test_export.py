@@ -309,7 +309,22 @@ def test_the_printed_losses_are_those_of_the_validation_split(onto):
     assert printed["logits"] == pytest.approx(difference, rel=0.05 if onto == "original" else 1, abs=1e-5)
 
 
-def test_export_prints_three_lines_and_no_warnings():
+def test_export_prints_three_lines_and_no_warnings(capfd):
+    tiny.write_adapter(Path("adapter"), Path("gpt2"), NF4)
+    capfd.readouterr()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.resetwarnings()  # pytest shows more than Python does
+        for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+            warnings.simplefilter("ignore", category)
+        output = run_export("gpt2")  # stderr included
+    assert [line.partition(" ")[0] for line in output.splitlines()] == ["export:"] * 3
+    assert [str(each.message) for each in caught] == []
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.slow
+def test_a_process_of_export_prints_nothing_else():
+    """Of what it imports, either. `generate` has such a test that is not slow."""
     tiny.write_adapter(Path("adapter"), Path("gpt2"), NF4)
     command = [sys.executable, "-m", "gpt2lora", "export", "--base", "gpt2", "--adapter", "adapter", "--out", "out"]
     environment = tiny.environment() | {"PYTHONPATH": str(tiny.ROOT)}

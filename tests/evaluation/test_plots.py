@@ -41,13 +41,17 @@ def position_rows(rows: int, width: int = 32) -> list[tuple]:
     ]
 
 
+def write_tables(folder: Path) -> dict[tuple, Path]:
+    """Write the table of each group of plots."""
+    return {
+        plots.TRAINING_PLOTS: write_table(folder / "loss.csv", LOSS, loss_rows(10)),
+        plots.TEST_PLOTS: write_table(folder / "positions.csv", POSITIONS, position_rows(32)),
+    }
+
+
 @pytest.fixture
 def tables(tmp_path) -> dict[tuple, Path]:
-    """The table of each group of plots."""
-    return {
-        plots.TRAINING_PLOTS: write_table(tmp_path / "loss.csv", LOSS, loss_rows(10)),
-        plots.TEST_PLOTS: write_table(tmp_path / "positions.csv", POSITIONS, position_rows(32)),
-    }
+    return write_tables(tmp_path)
 
 
 def draw_all(tables: dict[tuple, Path], folder: Path) -> dict[str, bytes]:
@@ -57,10 +61,18 @@ def draw_all(tables: dict[tuple, Path], folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
 
 
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """A folder with all pictures."""
+    folder = tmp_path_factory.mktemp("pictures")
+    draw_all(write_tables(folder), folder / "plots")
+    return folder / "plots"
+
+
 # What is drawn
 
 
-def test_pictures_show_the_columns_and_labels_of_dvc_yaml(tables, tmp_path):
+def test_pictures_show_the_columns_and_labels_of_dvc_yaml(tables, pictures):
     pipeline = yaml.safe_load((tiny.ROOT / "dvc.yaml").read_text())
     expected = {}
     for entry in pipeline["plots"]:
@@ -80,15 +92,14 @@ def test_pictures_show_the_columns_and_labels_of_dvc_yaml(tables, tmp_path):
     } == expected
 
     declared = {name for stage in pipeline["stages"].values() for entry in stage.get("plots", []) for name in entry}
-    assert {f"metrics/plots/{name}" for name in draw_all(tables, tmp_path / "plots")} == {
+    assert {f"metrics/plots/{name}" for name in os.listdir(pictures)} == {
         name for name in declared if name.endswith(".png") and name != f"metrics/plots/{passage.FILE}"
     }
 
 
-def test_only_base_and_tuned_lines_have_their_colors(tables, tmp_path):
-    draw_all(tables, tmp_path / "plots")
+def test_only_base_and_tuned_lines_have_their_colors(pictures):
     for plot in (*plots.TRAINING_PLOTS, *plots.TEST_PLOTS):
-        with Image.open(tmp_path / "plots" / plot.file) as picture:
+        with Image.open(pictures / plot.file) as picture:
             assert picture.size == (800, 450)
             for color in (plots.BASE_COLOR, plots.TUNED_COLOR):
                 assert (color_share(picture, color) > 0.001) == (plot in plots.TEST_PLOTS), (plot.name, color)
@@ -135,8 +146,8 @@ def test_the_validation_loss_begins_at_step_0(tables, tmp_path, monkeypatch):
 # Reproducible
 
 
-def test_pictures_do_not_depend_on_the_users_settings(tables, tmp_path):
-    first = draw_all(tables, tmp_path / "first")
+def test_pictures_do_not_depend_on_the_users_settings(tables, pictures, tmp_path):
+    first = {file.name: file.read_bytes() for file in sorted(pictures.iterdir())}
     assert draw_all(tables, tmp_path / "again") == first
     rc = tmp_path / "matplotlibrc"
     rc.write_text("font.size: 30\naxes.facecolor: black\nlines.linewidth: 9\nsavefig.dpi: 300\n")
@@ -150,9 +161,8 @@ def test_pictures_do_not_depend_on_the_users_settings(tables, tmp_path):
     assert {file.name: file.read_bytes() for file in sorted((tmp_path / "other").iterdir())} == first
 
 
-def test_a_picture_holds_no_date_and_no_version(tables, tmp_path):
-    draw_all(tables, tmp_path / "plots")
-    for file in (tmp_path / "plots").iterdir():
+def test_a_picture_holds_no_date_and_no_version(pictures):
+    for file in pictures.iterdir():
         with Image.open(file) as picture:
             picture.load()
             assert set(picture.info) == {"dpi"}

@@ -11,16 +11,26 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import tiny
 
-gradio = pytest.importorskip("gradio", reason="needs the package gradio: make test-web")
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs the package playwright: make test-web")
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not CHROMIUM, reason="needs a Chromium: apt install chromium")]
+
+def needs(package: str) -> pytest.MarkDecorator:
+    """Skip without a package. It is not imported here: that takes seconds, also for those who run other tests."""
+    return pytest.mark.skipif(not find_spec(package), reason=f"needs the package {package}: make test-web")
+
+
+pytestmark = [
+    pytest.mark.slow,
+    needs("gradio"),
+    needs("playwright"),
+    pytest.mark.skipif(not CHROMIUM, reason="needs a Chromium: apt install chromium"),
+]
 
 POSITIONS = 2048  # enough that a reader can press Stop
 WAIT = 60_000  # ms
@@ -66,6 +76,8 @@ def url(project) -> str:
 
 @pytest.fixture(scope="module")
 def browser():
+    from playwright import sync_api
+
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser

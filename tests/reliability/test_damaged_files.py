@@ -58,17 +58,6 @@ def test_a_stage_names_the_damaged_file_that_it_reads(data, stage, name, damage)
     assert "dvc repro --force" in line
 
 
-def test_dvc_restores_a_changed_base(project):
-    file = project / "data/base/model.safetensors"
-    tiny.run(project, "dvc", "repro", "base")
-    before = file.read_bytes()
-    file.unlink()  # it may be a link to DVC's cache
-    file.write_bytes(before)
-    flip_bit(file)
-    assert "Stage 'base' is cached - skipping run" in tiny.run(project, "dvc", "repro", "base")
-    assert file.read_bytes() == before
-
-
 # Manifests and records
 
 

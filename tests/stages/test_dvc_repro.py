@@ -33,6 +33,15 @@ def test_nothing_reruns_when_nothing_changed(finished):
     assert changed_files(finished) == set()
 
 
+def test_dvc_restores_a_changed_base(finished):
+    file = finished / "data/base/model.safetensors"
+    before = file.read_bytes()
+    file.unlink()  # it may be a link to DVC's cache
+    file.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    assert "Stage 'base' is cached - skipping run" in run(finished, "dvc", "repro", "base")
+    assert file.read_bytes() == before
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("values", "expected"),

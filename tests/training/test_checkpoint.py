@@ -23,17 +23,21 @@ from stages import train
 # Stop and resume
 
 
+def slow(changes: dict):
+    return pytest.param(changes, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {},
         {"method": "qlora"},
-        {"method": "qlora", "methods.qlora.bits": 8, "methods.qlora.double_quant": False},
-        {"method": "qlora", "lora.init": "loftq"},
         {"method": "full"},
-        {"lora.bits": 4, "lora.use_dora": True},
-        {"lora.init": "pissa", "train.lora_plus_ratio": 4.0, "train.weight_decay": 0.1},
+        {"lora.bits": 4, "lora.use_dora": True, "train.lora_plus_ratio": 4.0, "train.weight_decay": 0.1},
         {"lora.init": "orthogonal", "train.precision": "bf16", "train.accumulation_steps": 2},
+        slow({"method": "qlora", "methods.qlora.bits": 8, "methods.qlora.double_quant": False}),
+        slow({"method": "qlora", "lora.init": "loftq"}),
+        slow({"lora.init": "pissa", "train.lora_plus_ratio": 4.0, "train.weight_decay": 0.1}),
     ],
     ids=lambda changes: ",".join(f"{key}={value}" for key, value in changes.items()) or "lora",
 )
@@ -197,37 +201,54 @@ CHANGED_VALUES = {
 }
 
 
-@pytest.fixture
-def checkpoint_folder(training_folder, monkeypatch):
-    """A function that returns the name of the folder in which train would keep its checkpoints."""
+def checkpoint_folder() -> str:
+    """Return the name of the folder in which train would keep its checkpoints."""
+    names = []
 
-    def folder_name() -> str:
-        names = []
+    def record_name(*arguments):
+        names.append(arguments[5].folder.name)
+        raise StageError("stopped before training")
 
-        def record_name(*arguments):
-            names.append(arguments[5].folder.name)
-            raise StageError("stopped before training")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "fit", record_name)
+        assert run_stage(train.main, code=1).endswith("Error: stopped before training\n")
+    return names[0]
 
-        with monkeypatch.context() as patch:
-            patch.setattr(loop, "fit", record_name)
-            assert run_stage(train.main, code=1).endswith("Error: stopped before training\n")
-        return names[0]
+
+@pytest.fixture(scope="module")
+def folder_with(tmp_path_factory, prepared_folder):
+    """A function that returns this name for changed parameters. It runs train once for the same changes."""
+    folder = shutil.copytree(prepared_folder, tmp_path_factory.mktemp("names") / "project")
+    tiny.write_adapter(folder / "first", folder / "data/base", r=16, alpha=32)
+    original = (folder / "params.yaml").read_bytes()
+    names = {}
+
+    def folder_name(changes: dict) -> str:
+        if str(changes) not in names:
+            (folder / "params.yaml").write_bytes(original)
+            for key, value in changes.items():
+                tiny.set_param(folder, key, value)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(folder)
+                names[str(changes)] = checkpoint_folder()
+        return names[str(changes)]
 
     return folder_name
 
 
+@pytest.mark.parametrize("changes", [{}, {"method": "qlora"}], ids=str)
+def test_the_same_parameters_have_the_same_checkpoint_folder(training_folder, folder_with, changes):
+    for key, value in changes.items():
+        tiny.set_param(training_folder, key, value)
+    assert checkpoint_folder() == checkpoint_folder() == folder_with(changes)
+
+
 @pytest.mark.parametrize("key", CHANGED_VALUES)
-def test_every_parameter_changes_the_checkpoint_folder(training_folder, checkpoint_folder, key):
-    if key.startswith("methods.qlora."):
-        tiny.set_param(training_folder, "method", "qlora")
+def test_every_parameter_changes_the_checkpoint_folder(folder_with, key):
+    before = {"method": "qlora"} if key.startswith("methods.qlora.") else {}
     if key == "methods.qlora.bits":
-        tiny.set_param(training_folder, "methods.qlora.double_quant", False)
-    if key == "lora.start_from":
-        tiny.write_adapter(Path("first"), Path("data/base"), r=16, alpha=32)
-    before = checkpoint_folder()
-    assert checkpoint_folder() == before
-    tiny.set_param(training_folder, key, CHANGED_VALUES[key])
-    assert checkpoint_folder() != before
+        before["methods.qlora.double_quant"] = False
+    assert folder_with(before | {key: CHANGED_VALUES[key]}) != folder_with(before)
 
 
 def test_changed_values_cover_every_parameter_of_train(training_folder):
@@ -239,7 +260,7 @@ def test_changed_values_cover_every_parameter_of_train(training_folder):
 
 
 @pytest.mark.parametrize("name", ["tokens/train.npy", "base/model.safetensors"])
-def test_every_input_changes_the_checkpoint_folder(training_folder, checkpoint_folder, monkeypatch, name):
+def test_every_input_changes_the_checkpoint_folder(training_folder, monkeypatch, name):
     before = checkpoint_folder()
     monkeypatch.setattr(blocks, "read_token_manifest", lambda *_: {"prefix": []})  # it would refuse the changed file
     file = Path("data", name)
@@ -311,10 +332,18 @@ def damage(file: Path, how: str) -> None:
     file.write_bytes(content)
 
 
+@pytest.fixture(scope="module")
+def undisturbed_outputs(tmp_path_factory, prepared_folder) -> dict[str, bytes]:
+    """The outputs of an undisturbed run in the training folder."""
+    folder = shutil.copytree(prepared_folder, tmp_path_factory.mktemp("undisturbed") / "training")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run_stage(train.main)
+    return read_outputs(folder)
+
+
 @pytest.mark.parametrize("how", ["truncated", "flipped bit", "empty"])
-def test_a_damaged_checkpoint_is_skipped(training_folder, stop_training, how):
-    run_stage(train.main)
-    expected = read_outputs(training_folder)
+def test_a_damaged_checkpoint_is_skipped(training_folder, stop_training, undisturbed_outputs, how):
     stop_training(7)
     assert [file.name[:8] for file in checkpoint_files()] == ["00000006", "00000007"], "the newest two"
     damaged = checkpoint_files()[-1]
@@ -322,7 +351,7 @@ def test_a_damaged_checkpoint_is_skipped(training_folder, stop_training, how):
     output = run_stage(train.main)
     assert f"train: warning: {damaged} is damaged: skipped and removed" in output
     assert "resuming after step 6 of 16" in output
-    assert read_outputs(training_folder) == expected
+    assert read_outputs(training_folder) == undisturbed_outputs
 
 
 def test_a_run_with_only_damaged_checkpoints_starts_over(training_folder, stop_training):
