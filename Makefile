@@ -6,7 +6,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-all test-slow test-kill test-models test-peers test-web verify table bench install clean
+.PHONY: help demo test test-all test-slow test-kill test-models test-peers test-web test-oldest verify table bench install clean
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
@@ -40,6 +40,12 @@ test-web: $(INSTALLED) ## use the page of `gpt2lora play` in a headless Chromium
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[test,browser]'
 	$(BIN)/python -m pytest tests/inference
 
+test-oldest: ## run the tests of `make test` with the oldest torch, transformers and peft of pyproject.toml: a download of 3 GB
+	$(PYTHON) -m venv .venv-oldest
+	sed -n 's/^ *"\(torch\|transformers\|peft\)>=\([^"]*\)",.*/\1==\2.*/p' pyproject.toml > .venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install --quiet --no-compile --constraint .venv-oldest/constraints.txt --editable '.[test]'
+	.venv-oldest/bin/python -m pytest -n 2 --dist loadfile -m "not slow"
+
 verify: $(INSTALLED) ## check GPT-2's published perplexities on WikiText-2: needs the hub, and a GPU or patience
 	@$(BIN)/python tools/published_perplexity.py
 
@@ -61,4 +67,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 clean: ## remove .venv and all caches of tools
-	rm -rf .venv *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -43,7 +43,7 @@ def copy_tokenizer(base: Path, folder: Path) -> None:
 def complete_config(base: Path, folder: Path) -> None:
     """Add to config.json what transformers 5 leaves out, and transformers 4 and llama.cpp's converter need.
 
-    Without rope_theta, transformers 4 would silently take 10,000.
+    Without rope_theta, transformers 4 would silently take 10,000, and without a share of rotated dimensions a default.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     original = json.loads((base / "config.json").read_text(encoding="utf-8"))
@@ -53,6 +53,11 @@ def complete_config(base: Path, folder: Path) -> None:
         config["rope_theta"] = rope["rope_theta"]
         if rope.get("rope_type", "default") != "default":
             config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    if "partial_rotary_factor" in rope:
+        config["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    if config.get("model_type") in ("gpt_neox", "gpt_neox_japanese") and "rope_theta" in rope:
+        config["rotary_emb_base"] = rope["rope_theta"]
+        config["rotary_pct"] = rope.get("partial_rotary_factor", 1.0)
     if config.get("model_type") == "gpt2":
         config["n_ctx"] = config["n_positions"]
     write_json(folder / "config.json", config)

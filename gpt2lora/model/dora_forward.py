@@ -44,7 +44,9 @@ class ScaledOutputs(torch.autograd.Function):
 def scale_columns(y: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | int) -> torch.Tensor:
     """Return y * scale + shift, computed in fp32 and stored in y's type, without a copy of y in fp32."""
     if torch.compiler.is_compiling():
-        return (y * scale + shift).to(y.dtype)
+        scaled = y * scale + shift
+        # torch 2.11 gives no gradients through a function that returns x.to(x.dtype).
+        return scaled if scaled.dtype == y.dtype else scaled.to(y.dtype)
     return torch.mul(y, scale, out=torch.empty_like(y)).add_(shift)
 
 

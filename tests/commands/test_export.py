@@ -17,7 +17,16 @@ from click.testing import CliRunner
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from gpt2lora.commands import export, exported_files
 from gpt2lora.dataset import blocks
@@ -252,6 +261,24 @@ def test_the_config_holds_what_transformers_4_reads():
     tokenizer = json.loads(file_bytes("new", "tokenizer_config.json"))
     assert tokenizer["additional_special_tokens"] == ["<sep>"]
     assert "extra_special_tokens" not in tokenizer
+
+
+@pytest.mark.parametrize(
+    ("model_type", "expected"),
+    [
+        ("phi", {"partial_rotary_factor": 0.75}),
+        ("gpt_neox", {"rotary_pct": 0.75, "rotary_emb_base": 5e4}),
+        ("gpt_neox_japanese", {"rotary_pct": 0.75, "rotary_emb_base": 5e4}),
+    ],
+)
+def test_the_config_holds_the_share_of_rotated_dimensions(model_type, expected):
+    """Without it transformers 4 would take a default: silently another model."""
+    rope = {"rope_type": "default", "rope_theta": 5e4, "partial_rotary_factor": 0.75}
+    CONFIG_MAPPING[model_type](rope_parameters=rope).save_pretrained("saved")
+    exported_files.complete_config(Path("saved"), Path("saved"))
+    config = json.loads(file_bytes("saved", "config.json"))
+    assert config == config | expected
+    assert AutoConfig.from_pretrained("saved").rope_parameters == rope
 
 
 def test_the_model_card_has_the_figures_of_this_adapter_alone():

@@ -68,6 +68,15 @@ def test_the_option_base_uses_the_float_model_before_training():
     assert generate_text(PROMPT, "--greedy", "--base") == expected != generate_text(PROMPT, "--greedy")
 
 
+def test_a_prompt_begins_as_the_tokenizer_begins_a_text(tuned_project, tmp_path, monkeypatch):
+    """A model that was trained on texts after <bos> continues a prompt badly without it."""
+    without = generate_text(PROMPT, "--greedy", "--base")
+    tiny.write_begin_of_text(tmp_path / "data" / "base", tuned_project / "data" / "base", f"{tiny.END} {tiny.END} $A")
+    monkeypatch.chdir(tmp_path)
+    expected = greedy_text(AutoModelForCausalLM.from_pretrained("data/base"), PROMPT)
+    assert generate_text(PROMPT, "--greedy", "--base") == expected != without
+
+
 def test_the_option_base_needs_no_adapter(tuned_project, tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "base").symlink_to(tuned_project / "data" / "base")

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -213,6 +215,29 @@ def test_a_text_is_read_by_both_models(open_page, tmp_path):
     picture = tmp_path / "read.png"
     page.screenshot(path=picture)
     assert picture.stat().st_size > 10_000
+
+
+def test_texts_begin_as_the_tokenizer_begins_them(browser, project, tmp_path):
+    base = tiny.write_begin_of_text(tmp_path / "data/base", project / "data/base", f"{tiny.END} {tiny.END} $A")
+    tiny.write_adapter(tmp_path / "data/adapter", base)
+    text = "the river reached"
+    command = [sys.executable, "-m", "gpt2lora", "generate", text, "--base", "--max-new-tokens", "20"]
+    printed = tiny.run(tmp_path, *command, PYTHONPATH=str(tiny.ROOT))
+    ids = torch.tensor([AutoTokenizer.from_pretrained(base)(text).input_ids])
+    assert ids[0, :2].tolist() == [0, 0]
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(base)(input_ids=ids).logits[0]
+    loss = float(torch.nn.functional.cross_entropy(logits[1:-1], ids[0, 2:]))
+    with serving(tmp_path) as (_, lines):
+        page = browser.new_page()
+        page.set_default_timeout(WAIT)
+        page.goto(re.search(r"http://127\.0\.0\.1:\d+/", lines[-1])[0])
+        start(page, text)
+        assert finished(page)[0].strip() in printed
+        read(page, text)
+        page.locator("#surprise-0 .surprise").wait_for()
+        assert f"({loss:.4f} nats/token, " in page.locator("#surprise-0").inner_text()
+        page.close()
 
 
 def test_a_long_text_is_read_and_an_empty_one_refused(open_page):

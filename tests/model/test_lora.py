@@ -26,6 +26,7 @@ from small_models import (
 from tiny import low_rank
 from training_steps import frozen_values
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
     FalconConfig,
     FalconForCausalLM,
@@ -269,6 +270,8 @@ def test_layers_that_peft_takes_for_others_get_no_adapter_and_are_named(kind, ad
 @pytest.mark.parametrize(("kind", "lost"), [("laguna", "mlp.shared_experts."), ("inkling2_text", "sconv.weight_proj")])
 def test_layers_that_peft_renames_on_loading_get_no_adapter_and_peft_reads_all_others(kind, lost, tmp_path):
     """PEFT would leave out their values with a warning."""
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"this version of transformers has no {kind}")
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(every_model.small_config(kind))
     assert any(lost in name for name, _ in base.named_modules())

@@ -226,15 +226,15 @@ from gpt2lora.model.device import peak_memory
 from gpt2lora.scoring import log_likelihood, windows
 
 model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=1, n_positions=64)).eval()
-ids = np.arange(8192, dtype=np.uint16)
+ids = np.arange(24_577, dtype=np.uint16)
 
 def peak(tokens):
     text = windows.sliding_windows([ids[: tokens + 1]], 64, 64)
     log_likelihood.score_windows(model, text, 32, torch.float32, "")
     return peak_memory(torch.device("cpu"))
 
-first = peak(2048)  # a whole batch
-print((peak(8191) - first) / 6143)
+first = peak(8192)  # malloc takes up to 100 MB more during the first batches
+print((peak(24_576) - first) / 16_384)
 """
 
 
@@ -242,4 +242,4 @@ print((peak(8191) - first) / 6143)
 def test_memory_hardly_grows_with_the_scored_tokens():
     """The measured growth was 167 kB a token where each chunk's small results lay between large logits."""
     done = subprocess.run([sys.executable, "-c", MEASURE_MEMORY], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert float(done.stdout) < 20_000, "bytes a token"
+    assert float(done.stdout) < 10_000, "bytes a token"

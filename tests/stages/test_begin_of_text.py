@@ -12,7 +12,7 @@ from training_runs import run_stage
 from gpt2lora.dataset import blocks
 from gpt2lora.dataset.articles import split_articles
 from gpt2lora.dataset.tokenizer import load_tokenizer
-from gpt2lora.evaluation import protocols
+from gpt2lora.evaluation import protocols, samples
 from stages import base, evaluate, prepare, tokenize, train
 
 BLOCK_SIZE, FIRST = 32, 0  # FIRST: the id of tiny.END, which is this tokenizer's first token of a text
@@ -94,6 +94,13 @@ def test_lm_eval_predicts_first_tokens_from_it(project):
     contexts = [brute_force.rolling_contexts(len(text), BLOCK_SIZE) for text in texts]
     nll, ranks = brute_force.score_tokens(load_model(), texts, contexts)
     assert metrics["base"]["loss"] == pytest.approx(nll / len(ranks), rel=1e-5)
+
+
+def test_samples_are_continued_after_it(project, monkeypatch):
+    given = []
+    monkeypatch.setattr(samples, "generate_samples", lambda model, prompts, end: given.append(prompts) or prompts.ids)
+    run_evaluate(protocol="native", stride=None)
+    assert [prompts.prefix for prompts in given] == [[FIRST], [FIRST]], "base and tuned"
 
 
 def test_the_report_says_where_it_stands(project):
