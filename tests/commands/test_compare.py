@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import tiny
-from pictures import check_layout, color_share, record_axes
 from click.testing import CliRunner
+from pictures import check_layout, color_share, record_axes
 from PIL import Image
 
 from gpt2lora.commands import compare

@@ -7,14 +7,14 @@ from collections.abc import Callable
 from typing import TextIO
 
 
-def fork(work: Callable[[], None], out: TextIO, err: TextIO | None = None) -> int:
-    """Run `work` in a child process, which prints into `out`, errors into `err` if given; return its process id."""
+def fork(work: Callable[[], None], log: TextIO) -> int:
+    """Run `work` in a child process, which prints into `log`; return its process id."""
     if child := os.fork():
         return child
     code = 1
     try:
-        os.dup2(out.fileno(), 1)
-        os.dup2((err or out).fileno(), 2)
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
         work()
         code = 0
     except SystemExit as stopped:

@@ -1,14 +1,12 @@
-"""Fetch a model or a dataset in a process of its own, and write the repositories that hub_server.py serves."""
+"""Fetch a model or a dataset in a process of its own, and write the repositories that hub_server.py serves.
 
-import contextlib
-import itertools
+huggingface_hub reads HF_ENDPOINT when it is imported. So each fetch runs in a new process, as a stage does.
+"""
+
 import json
-import os
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,27 +85,6 @@ class Fetched:
         return line
 
 
-@contextlib.contextmanager
-def forks(folder: Path) -> Iterator[None]:
-    """Let `fetch` run in forks of a process; see helpers/fetch_forks.py. `folder` is for its files."""
-    paths = os.pathsep.join([str(tiny.ROOT), str(tiny.ROOT / "tests/helpers")])
-    environment = tiny.environment() | {"PYTHONPATH": paths}
-    command = [sys.executable, str(tiny.ROOT / "tests/helpers/fetch_forks.py"), str(folder / SOCKET)]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as forker:
-        assert forker.stdout.readline() == "ready\n"
-        forks_folder.append(folder)
-        try:
-            yield
-        finally:
-            forks_folder.remove(folder)
-            forker.terminate()
-
-
-SOCKET = "socket"
-forks_folder: list[Path] = []
-numbers = itertools.count()
-
-
 def fetch(kind, url, home, repo=None, revision=COMMIT, config="small", first="", **variables) -> Fetched:
     """Fetch a repository from the hub at `url` into the cache `home`.
 
@@ -117,19 +94,12 @@ def fetch(kind, url, home, repo=None, revision=COMMIT, config="small", first="",
         variables: environment variables.
     """
     repo = repo or {"model": MODEL, "dataset": CORPUS}[kind]
-    environment = {**tiny.environment(), "HF_ENDPOINT": url, "HF_HOME": str(home), **variables}
-    arguments = [kind, repo, config, revision]
-    run = {"code": first + FETCH, "arguments": arguments, "folder": str(home.parent), "environment": environment}
-    (folder,), number = forks_folder, next(numbers)
-    out, err = folder / f"{number}.out", folder / f"{number}.err"
+    environment = {**tiny.environment(), "HF_ENDPOINT": url, "HF_HOME": str(home), "PYTHONPATH": str(tiny.ROOT)}
     start = time.monotonic()
-    with socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(60)
-        connection.connect(str(folder / SOCKET))
-        with connection.makefile("rw") as stream:
-            print(json.dumps({"run": run, "out": str(out), "err": str(err)}), file=stream, flush=True)
-            code = int(stream.readline())
-    return Fetched(code, out.read_text(), err.read_text(), time.monotonic() - start)
+    command = [sys.executable, "-c", first + FETCH, kind, repo, config, revision]
+    environment |= variables
+    done = subprocess.run(command, cwd=home.parent, env=environment, capture_output=True, text=True, timeout=60)
+    return Fetched(done.returncode, done.stdout, done.stderr, time.monotonic() - start)
 
 
 def write_repositories(root: Path, tiny_model: Path) -> dict[str, dict[str, Path]]:

@@ -1,20 +1,13 @@
-import tempfile
 from pathlib import Path
 
 import pytest
-from hub_fetch import forks, write_repositories
+from hub_fetch import write_repositories
 from hub_server import Hub, closed_port
 
 
 @pytest.fixture(scope="session")
 def repos(tiny_model, tmp_path_factory) -> dict[str, dict[str, Path]]:
     return write_repositories(tmp_path_factory.mktemp("repos"), tiny_model)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def fetch_forks():
-    with tempfile.TemporaryDirectory() as folder, forks(Path(folder)):  # short, as the path of a socket must be
-        yield
 
 
 @pytest.fixture
