@@ -160,7 +160,7 @@ def test_dropout_acts_on_the_update_alone_and_keeps_its_mean(model_folder):
     with torch.no_grad():
         exact, base = module.eval()(x), module.base_layer(x)
         assert torch.equal(module(x), exact), name
-        draws = module.train()(x.expand(4000, *x.shape))  # each with a mask of its own
+        draws = module.train()(x.repeat(4000, 1, 1, 1))  # each with a mask of its own
         assert (module(x) != module(x)).any()
     assert (draws[0] != draws[1]).any()
     standard_error = draws.std(0) / math.sqrt(len(draws))
