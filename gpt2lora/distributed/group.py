@@ -7,7 +7,9 @@ process that died or hangs is noticed although a GPU's queue holds steps that wa
 
 import contextlib
 import os
+import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 
@@ -18,7 +20,7 @@ from gpt2lora.distributed import failure, waiting
 from gpt2lora.distributed.failure import PeerError
 from gpt2lora.pipeline.cli import StageError, echo, out_of_memory_advice
 
-JOIN_TIMEOUT = timedelta(seconds=50)  # until all processes have started
+JOIN_TIMEOUT = timedelta(seconds=45)  # until all processes have started
 TIMEOUT = timedelta(minutes=3)  # until a process that does not answer is given up
 _store: dist.Store | None = None  # that all processes of the group share
 _turns = 0  # calls of `main_first`
@@ -75,6 +77,7 @@ def join() -> dist.Store:
     global _store
     try:
         choose_gpu()
+        wait_for_rank_0()
         store, own_rank, world = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=own_rank, world_size=world, timeout=TIMEOUT)
@@ -88,6 +91,30 @@ def join() -> dist.Store:
     failure.watch_peers(store)
     _store = store
     return store
+
+
+def wait_for_rank_0() -> None:
+    """Return when the address at which the group meets answers. torch waits for it two to three times its timeout.
+
+    Raises:
+        ValueError: RANK is not in the group, or the port is no number.
+        RuntimeError: nobody answered within JOIN_TIMEOUT.
+    """
+    own_rank, world = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+    if not 0 <= own_rank < world:
+        raise ValueError(f"RANK: expected 0 to {world - 1}")
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if own_rank == 0 or not host or not port:  # torch says what is missing
+        return
+    deadline = time.monotonic() + JOIN_TIMEOUT.total_seconds()
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"rank 0 does not answer at {host}:{port}: {error}") from error
+        time.sleep(0.1)
 
 
 def choose_gpu() -> None:

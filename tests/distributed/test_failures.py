@@ -1,11 +1,16 @@
 """A process of a group fails: all end within 30 s, one line says why, and nothing is half written."""
 
+import re
 import signal
+import time
+from datetime import timedelta
 
 import pytest
 import tiny
 from training_runs import read_outputs
 
+from gpt2lora.distributed import group
+from gpt2lora.pipeline.cli import StageError
 from gpt2lora.training import checkpoint
 
 AT_STEP_5 = """
@@ -171,6 +176,26 @@ def test_a_group_that_does_not_come_together_is_reported(fail_group):
     lines += fail_group("group.JOIN_TIMEOUT = timedelta(seconds=3)\nos.environ['MASTER_PORT'] = str(9 + rank)")
     assert all("the group of processes did not come together" in line for line in lines), lines
     assert all(line.endswith("torchrun, or unset RANK to run a single process") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("rank", "host", "seconds", "said"),
+    [
+        ("1", "127.0.0.1", 2, "rank 0 does not answer at 127.0.0.1:9: "),
+        ("1", "no-such-host.invalid", 2, "rank 0 does not answer at no-such-host.invalid:9: "),
+        ("5", "127.0.0.1", 0, "RANK: expected 0 to 1"),
+        ("-1", "127.0.0.1", 0, "RANK: expected 0 to 1"),
+    ],
+)
+def test_a_process_without_a_rank_0_gives_up_in_time(monkeypatch, rank, host, seconds, said):
+    for name, value in {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": host, "MASTER_PORT": "9"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(group, "JOIN_TIMEOUT", timedelta(seconds=2))
+    started = time.monotonic()
+    with pytest.raises(StageError, match=re.escape(said)):
+        group.join()
+    assert seconds <= time.monotonic() - started < seconds + 2
 
 
 @pytest.mark.slow
