@@ -100,16 +100,18 @@ def wait_for_rank_0() -> None:
         ValueError: RANK is not in the group, or the port is no number.
         RuntimeError: nobody answered within JOIN_TIMEOUT.
     """
-    own_rank, world = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+    variables = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")]
+    if not all(variables):  # torch says which one is missing
+        return
+    own_rank, world, host, port = int(variables[0]), int(variables[1]), variables[2], int(variables[3])
     if not 0 <= own_rank < world:
         raise ValueError(f"RANK: expected 0 to {world - 1}")
-    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-    if own_rank == 0 or not host or not port:  # torch says what is missing
+    if own_rank == 0:
         return
     deadline = time.monotonic() + JOIN_TIMEOUT.total_seconds()
     while True:
         try:
-            socket.create_connection((host, int(port)), timeout=5).close()
+            socket.create_connection((host, port), timeout=5).close()
             return
         except OSError as error:
             if time.monotonic() > deadline:

@@ -198,6 +198,23 @@ def test_a_process_without_a_rank_0_gives_up_in_time(monkeypatch, rank, host, se
     assert seconds <= time.monotonic() - started < seconds + 2
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"MASTER_PORT": "abc"}, "'abc'"),
+        ({"WORLD_SIZE": None}, "WORLD_SIZE expected, but not set"),
+    ],
+    ids=str,
+)
+def test_wrong_or_missing_variables_of_a_launcher_are_reported(monkeypatch, changes, said):
+    variables = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"} | changes
+    for name, value in variables.items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(StageError, match=re.escape(said)):
+        group.join()
+
+
 @pytest.mark.slow
 def test_processes_that_a_step_cannot_be_dealt_out_to(training_folder, run_group):
     result = run_group(training_folder, "train", 2)
