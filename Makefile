@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile
 
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -40,11 +40,12 @@ test-web: $(INSTALLED) ## use the page of `gpt2lora play` in a headless Chromium
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[test,browser]'
 	$(BIN)/python -m pytest tests/inference
 
+test-oldest: BIN := .venv-oldest/bin
 test-oldest: ## run the tests of `make test` with the oldest torch, transformers and peft of pyproject.toml: a download of 3 GB
 	$(PYTHON) -m venv .venv-oldest
 	sed -n 's/^ *"\(torch\|transformers\|peft\)>=\([^"]*\)",.*/\1==\2.*/p' pyproject.toml > .venv-oldest/constraints.txt
-	.venv-oldest/bin/python -m pip install --quiet --no-compile --constraint .venv-oldest/constraints.txt --editable '.[test]'
-	.venv-oldest/bin/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pip install --quiet --no-compile --constraint .venv-oldest/constraints.txt --editable '.[test]'
+	$(PYTEST) -m "not slow"
 
 verify: $(INSTALLED) ## check GPT-2's published perplexities on WikiText-2: needs the hub, and a GPU or patience
 	@$(BIN)/python tools/published_perplexity.py
