@@ -104,10 +104,13 @@ def test_the_default_is_the_last_commits_experiments_best_first(project):
 
 
 def test_names_may_be_older_experiments_commits_and_branches(project):
+    assert table_rows(run_compare(project, "quantized", "low-rank")) == [LOW_RANK, QUANTIZED]
     first = tiny.run(project, "git", "rev-parse", "HEAD").strip()
     tiny.run(project, "git", "branch", "--force", "side", first)
     names = ("main", "HEAD", "HEAD~1", "side", "workspace", first, first[:7])
-    rows = table_rows(run_compare(project, "older", *names, "low-rank", "--out", "dvc_plots/one.png"))
+    output = run_compare(project, "older", *names, "low-rank", "--out", "dvc_plots/one.png")
+    assert OTHER_TOKENS not in output
+    rows = table_rows(output)
     assert [rows[0], rows[1]] == [LOW_RANK, OLDER]
     assert {(shown, cells[2]) for shown, *cells in rows[2:]} == {(name, "25.00") for name in names}
 
