@@ -40,14 +40,15 @@ def main(seeds: int, items: tuple[str, ...], out: Path) -> None:
     for stage in ("sources", "base", "prepare", "tokenize"):
         run(stage, shared, shown=True)
     (out / "runs.jsonl").unlink(missing_ok=True)
-    records, conditions = [], workspace.environment()
+    records, conditions = [], workspace.environment() | settings
     for seed in range(seeds):
         for method, values in METHODS.items():
             folder = workspace.empty(out / "run")
             inputs = {name: shared / "data" / name for name in ("base", "raw", "tokens")}
             changes = {"method": method, "train.seed": seed} | values
             workspace.link_inputs(folder, settings | changes, **inputs)
-            records.append({"method": method, "seed": seed} | train_and_score(folder, settings | changes))
+            facts = {"method": method, "seed": seed, "learning_rate": learning_rate(folder)}
+            records.append(facts | train_and_score(folder, settings | changes))
             with (out / "runs.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(records[-1]) + "\n")
             scores = ", ".join(f"{name} {records[-1]['tuned'][name]:.3f}" for name in PROTOCOLS)
@@ -56,6 +57,13 @@ def main(seeds: int, items: tuple[str, ...], out: Path) -> None:
                 file.write_text(render(records, conditions), encoding="utf-8")
     shutil.rmtree(out / "run")
     echo("\n" + (out / "table.md").read_text(encoding="utf-8"))
+
+
+def learning_rate(folder: Path) -> float:
+    """Return the learning rate of params.yaml in `folder`."""
+    from omegaconf import OmegaConf
+
+    return float(OmegaConf.load(folder / "params.yaml").train.learning_rate)
 
 
 def run(stage: str, folder: Path, shown: bool = False) -> None:
@@ -91,7 +99,7 @@ def render(records: list[dict], conditions: dict[str, str]) -> str:
         if not (runs := [record for record in records if record["method"] == method]):
             continue
         train = runs[0]["train"]
-        facts = [str(len(runs)), f"{METHODS[method].get('train.learning_rate') or 'params.yaml'}"]
+        facts = [str(len(runs)), f"{runs[0]['learning_rate']:g}"]
         facts += [f"{train['trainable_parameters']:,}", f"{train['adapter_bytes'] / 1e6:,.2f}"]
         facts += [
             f"{train['frozen_base_bytes'] / 1e6:,.1f}",

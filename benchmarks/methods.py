@@ -26,8 +26,8 @@ import click
 
 from benchmarks import workspace
 from benchmarks.methods_figure import draw_methods
-from benchmarks.methods_plan import METHODS, Records, Run, done, plan
-from benchmarks.methods_table import all_runs, means, render
+from benchmarks.methods_plan import METHODS, Records, Run, done, parse_key, plan
+from benchmarks.methods_table import COLUMNS, all_runs, means, render
 from gpt2lora.pipeline.artifacts import atomic_output
 from gpt2lora.pipeline.cli import StageError, command, echo
 
@@ -68,13 +68,23 @@ def main(
         count = f"{len(done(runs, records))} of at least {len(runs)} runs"
         result = record["error"] or f"test perplexity {record['eval']['tuned']['perplexity']:.3f}"
         echo(f"methods: {count}, {record['key']}: {result}, {record['seconds']:.0f} s")
-        with atomic_output(out / "methods.md") as file:
-            file.write_text(render(records, json.loads((shared / "conditions.json").read_text())), encoding="utf-8")
+        write_tables(out, records)
+    if not records:
+        echo("methods: no run was made")
+        return
+    write_tables(out, records)
     if points := means(records):
         draw_methods(points, out / "methods.png")
         with atomic_output(out / "methods.csv") as file:
             all_runs(records).to_csv(file, index=False, float_format="%.8g")
     echo(f"methods: {out}/methods.md holds {sum(record['error'] is None for record in records.values())} runs")
+
+
+def write_tables(out: Path, records: Records) -> None:
+    """Write OUT/methods.md."""
+    conditions = json.loads((out / "prepared/conditions.json").read_text())
+    with atomic_output(out / "methods.md") as file:
+        file.write_text(render(records, conditions), encoding="utf-8")
 
 
 def prepare(base: Path, corpus: Path, out: Path, settings: dict[str, Any]) -> Path:
@@ -128,6 +138,7 @@ def make(out: Path, shared: Path, settings: dict, conditions: dict, gpus: Simple
     started = time.monotonic()
     folder = workspace.empty(out / "runs" / run.key)
     values = {"method": "lora"} | METHODS[run.method] | {"train.learning_rate": run.learning_rate, "seed": run.seed}
+    values |= {"train.seed": None}  # it would stand for the seed of every run
     inputs = {name: shared / "data" / name for name in ("base", "raw", "tokens")}
     workspace.link_inputs(folder, settings | values, **inputs)
     gpu = gpus.get()
@@ -144,13 +155,19 @@ def make(out: Path, shared: Path, settings: dict, conditions: dict, gpus: Simple
 
 
 def read_records(file: Path) -> Records:
-    """Return the newest record of each run."""
+    """Return the newest record of each run.
+
+    Raises:
+        StageError: a line is not a record.
+    """
     records = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines() if file.is_file() else [], start=1):
+    for number, line in enumerate(file.read_bytes().splitlines() if file.is_file() else [], start=1):
         try:
             record = json.loads(line)
-            records[record["key"]] = record
-        except (ValueError, KeyError, TypeError) as error:
+            records[parse_key(record["key"]).key] = record
+            if record["error"] is None:
+                [figure(record) for figure, _ in COLUMNS.values()]
+        except (ValueError, LookupError, TypeError) as error:
             raise StageError(f"{file}, line {number}: not the record of a run ({error}); remove the line") from error
     return records
 

@@ -1,5 +1,6 @@
 """Which runs the study of methods makes: for each method a sweep of learning rates, then the best over all seeds."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,7 @@ METHODS: dict[str, dict[str, Any]] = {  # what differs from params.yaml; method 
     "lora": {},
     "full": {"method": "full"},
     "qlora-nf4": QLORA,
-    "lora-dropout-0.05": {"lora.dropout": 0.05},
+    **{f"lora-dropout-{share:g}": {"lora.dropout": share} for share in (0.0, 0.05)},  # one of them repeats lora
     **{f"lora-r{r}": {"lora.r": r, "lora.alpha": 2 * r} for r in (8, 64, 128, 32)},
     "qlora-8bit": QLORA | {"methods.qlora.bits": 8, "methods.qlora.double_quant": False},
     "lora-attention": {"lora.target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},  # of Gemma and Llama
@@ -49,6 +50,17 @@ class Run:
     @property
     def key(self) -> str:
         return f"{self.method}-lr-{self.learning_rate:g}-seed-{self.seed}"
+
+
+def parse_key(key: str) -> Run:
+    """Return the run of a key.
+
+    Raises:
+        ValueError: not a key.
+    """
+    if not (parts := re.fullmatch(r"(.+)-lr-(.+)-seed-(.+)", key)):
+        raise ValueError(f"{key}: not the key of a run")
+    return Run(parts[1], float(parts[2]), int(parts[3]))
 
 
 def plan(names: list[str], records: Records) -> list[Run]:

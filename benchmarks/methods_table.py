@@ -1,12 +1,11 @@
 """The tables of the study of methods, in Markdown."""
 
-import re
 import statistics
 from collections.abc import Callable
 
 import pandas
 
-from benchmarks.methods_plan import METHODS, Records, best_rate, done, sweep, tuned
+from benchmarks.methods_plan import METHODS, Records, best_rate, done, parse_key, sweep, tuned
 
 COLUMNS: dict[str, tuple[Callable[[dict], float], str]] = {  # of the final table
     "validation loss, nats/token": (lambda record: record["train"]["best_validation_loss"], ".4f"),
@@ -50,9 +49,8 @@ def all_runs(records: Records) -> pandas.DataFrame:
     rows = []
     for key, record in records.items():
         if record["error"] is None:
-            method, rate, seed = re.fullmatch(r"(.+)-lr-(.+)-seed-(.+)", key).groups()
-            figures = {name: figure(record) for name, (figure, _) in COLUMNS.items()}
-            rows.append({"method": method, "learning rate": float(rate), "seed": int(seed), **figures})
+            run, figures = parse_key(key), {name: figure(record) for name, (figure, _) in COLUMNS.items()}
+            rows.append({"method": run.method, "learning rate": run.learning_rate, "seed": run.seed, **figures})
     table = pandas.DataFrame(rows).sort_values(["method", "learning rate", "seed"], ignore_index=True)
     return table.dropna(axis="columns", how="all")
 

@@ -2,13 +2,16 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import tiny
+import yaml
+from click.testing import CliRunner
 from hub_fetch import COMMIT, CORPUS, MODEL, write_dataset
 from hub_server import Hub
 
-from benchmarks import gpt2_table
+from benchmarks import gpt2_table, workspace
 
 
 def record(method: str, seed: int, perplexity: float) -> dict:
@@ -16,7 +19,8 @@ def record(method: str, seed: int, perplexity: float) -> dict:
     timings = {"train_seconds": 10.0 + seed}
     scores = {name: perplexity for name in gpt2_table.PROTOCOLS}
     base = dict.fromkeys(gpt2_table.PROTOCOLS, 50.0)
-    return {"method": method, "seed": seed, "base": base, "tuned": scores, "train": train, "timings": timings}
+    facts = {"method": method, "seed": seed, "learning_rate": 5e-4}
+    return facts | {"base": base, "tuned": scores, "train": train, "timings": timings}
 
 
 def cells(table: str, method: str) -> list[str]:
@@ -28,10 +32,44 @@ def test_a_row_has_means_and_deviations_over_the_seeds():
     table = gpt2_table.render([record("lora", 0, 20.0), record("qlora", 0, 21.0), record("lora", 1, 22.0)], {"a": "b"})
     assert cells(table, "base")[:3] == ["50.000"] * 3
     assert cells(table, "lora")[:4] == ["21.000 ± 1.414"] * 3 + ["2"]
-    assert cells(table, "lora")[5:] == ["1,234", "5.00", "100.0", "10.5 ± 0.7"]
+    assert cells(table, "lora")[4:] == ["0.0005", "1,234", "5.00", "100.0", "10.5 ± 0.7"]
     assert cells(table, "qlora")[:4] == ["21.000"] * 3 + ["1"]
     assert "| full |" not in table
     assert table.endswith("- a: b\n")
+
+
+def test_each_method_is_trained_with_each_seed_and_scored_by_each_protocol(tmp_path, monkeypatch):
+    trained, scored = [], []
+
+    def run_stage(stage: str, folder: Path, shown: bool = False) -> None:
+        params = yaml.safe_load((folder / "params.yaml").read_text())
+        run = (params["method"], params["train"]["seed"], params["train"]["learning_rate"])
+        (folder / "metrics").mkdir(exist_ok=True)
+        if stage == "train":
+            trained.append(run)
+            (folder / "metrics/train.json").write_text(json.dumps(record("lora", 0, 0.0)["train"]))
+            (folder / "metrics/train_timings.json").write_text('{"train_seconds": 10.0}')
+        elif stage == "evaluate":
+            protocol = params["evaluate"]["protocol"]
+            scored.append((*run, protocol))
+            number = 10.0 * list(gpt2_table.PROTOCOLS).index(protocol) + run[1]
+            tuned = {"perplexity": 100.0 + number, "word_perplexity": 200.0 + number}
+            base = {"perplexity": 300.0, "word_perplexity": 400.0}
+            (folder / "metrics/eval.json").write_text(json.dumps({"base": base, "tuned": tuned}))
+
+    monkeypatch.setattr(workspace, "run_stage", run_stage)
+    arguments = ["--seeds", "2", "--out", str(tmp_path), "--set", "train.learning_rate=5e-4", "--set", "train.epochs=3"]
+    result = CliRunner().invoke(gpt2_table.main, arguments)
+    assert result.exit_code == 0, result.output
+    rates = {"lora": 5e-4, "qlora": 5e-4, "full": 2e-5}
+    assert trained == [(method, seed, rate) for seed in (0, 1) for method, rate in rates.items()]
+    assert scored == [(*run, protocol) for run in trained for protocol in ("native", "hf", "lm-eval")]
+    table = (tmp_path / "table.md").read_text()
+    assert cells(table, "base")[:3] == ["300.000", "300.000", "400.000"]
+    for method, rate in rates.items():
+        expected = ["100.500 ± 0.707", "110.500 ± 0.707", "220.500 ± 0.707", "2", f"{rate:g}"]
+        assert cells(table, method)[:5] == expected
+    assert "- train.epochs: 3\n" in table
 
 
 @pytest.mark.slow

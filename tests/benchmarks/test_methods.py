@@ -135,15 +135,21 @@ def test_the_figure_shows_methods_of_the_study_and_a_point_each(tmp_path):
 
 @pytest.fixture
 def pretended(monkeypatch, tmp_path):
-    """The options of a study whose stages only write metrics: the best learning rate is 5e-4, and DoRA fails."""
-    ran, lock = [], threading.Lock()
+    """A study whose stages only write metrics: the best learning rate is 5e-4, and DoRA fails.
+
+    Returns:
+        The runs and the epochs of each, the GPUs that were used, the options of the command.
+    """
+    ran, gpus, lock = [], set(), threading.Lock()
 
     def run_stage(name: str, folder: Path, shown: bool = False, **variables: str) -> str | None:
         params = yaml.safe_load((folder / "params.yaml").read_text())
-        rate, seed = params["train"]["learning_rate"], params["seed"]
+        rate = params["train"]["learning_rate"]
+        seed = params["seed"] if params["train"]["seed"] is None else params["train"]["seed"]
         if name == "train":
             with lock:
                 ran.append((folder.name, params["train"]["epochs"]))
+                gpus.add(variables["CUDA_VISIBLE_DEVICES"])
             if params["lora"]["use_dora"]:
                 return "train: Error: no such thing"
         (folder / "metrics").mkdir(exist_ok=True)
@@ -153,15 +159,17 @@ def pretended(monkeypatch, tmp_path):
         return None
 
     monkeypatch.setattr(workspace, "run_stage", run_stage)
+    monkeypatch.setattr(workspace, "cards", lambda: ["4", "7"])
     for name in ("base", "corpus"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(name)
-    return ran, ("--base", tmp_path / "base", "--corpus", tmp_path / "corpus", "--out", tmp_path / "out", "--jobs", 3)
+    inputs = ("--base", tmp_path / "base", "--corpus", tmp_path / "corpus")
+    return ran, gpus, (*inputs, "--out", tmp_path / "out", "--jobs", 3)
 
 
 def test_seeds_run_at_the_best_rate_and_no_run_is_made_twice(pretended, tmp_path):
-    ran, options = pretended
-    only = ("--only", "lora", "--only", "dora", "--set", "train.epochs=7")
+    ran, gpus, options = pretended
+    only = ("--only", "lora", "--only", "dora", "--set", "train.epochs=7", "--set", "train.seed=3")
     invoke(methods.main, *options, *only)
     sweep = [run.key for name in ("lora", "dora") for run in methods_plan.sweep(name, {})]
     # Seed 0 is a run of the sweep. All of DoRA's runs failed, so it has no best rate.
@@ -169,6 +177,7 @@ def test_seeds_run_at_the_best_rate_and_no_run_is_made_twice(pretended, tmp_path
     names = [name for name, _ in ran]
     assert names.index("lora-lr-0.0005-seed-2") < names.index(sweep[-1])  # a method is finished before the next
     assert {epochs for _, epochs in ran} == {7}
+    assert gpus == {"4", "7"}
     assert len((tmp_path / "out/runs.jsonl").read_text().splitlines()) == len(ran)
     assert (tmp_path / "out/methods.png").read_bytes().startswith(b"\x89PNG")
     table = pandas.read_csv(tmp_path / "out/methods.csv")
@@ -188,14 +197,24 @@ def test_seeds_run_at_the_best_rate_and_no_run_is_made_twice(pretended, tmp_path
 
 
 def test_a_study_starts_no_run_after_its_deadline(pretended, tmp_path):
-    ran, options = pretended
+    ran, _, options = pretended
     output = invoke(methods.main, *options, "--seconds", -1)
     assert ran == [] and not (tmp_path / "out/runs.jsonl").exists()
-    assert "holds 0 runs" in output
+    assert "no run was made" in output
+
+
+def test_the_tables_are_written_again_from_the_records(pretended, tmp_path):
+    ran, _, options = pretended
+    invoke(methods.main, *options, "--only", "lora")
+    before = (tmp_path / "out/methods.md").read_bytes()
+    (tmp_path / "out/methods.md").unlink()
+    ran.clear()
+    assert "holds 7 runs" in invoke(methods.main, *options, "--only", "lora")
+    assert ran == [] and (tmp_path / "out/methods.md").read_bytes() == before
 
 
 def test_a_study_refuses_to_mix_runs(pretended, tmp_path):
-    _, options = pretended
+    *_, options = pretended
     invoke(methods.main, *options, "--only", "lora")
     before = (tmp_path / "out/methods.md").read_bytes()
     assert "have another params" in invoke(methods.main, *options, "--set", "train.epochs=9", fails=True)
@@ -206,12 +225,26 @@ def test_a_study_refuses_to_mix_runs(pretended, tmp_path):
     assert (tmp_path / "out/methods.md").read_bytes() == before
 
 
+DAMAGED = (
+    b"{}",
+    b"[]",
+    b"null",
+    b"",
+    b"\xff\xfe",
+    b'{"key": 5, "error": null}',
+    b'{"key": "lora", "error": "failed"}',
+    b'{"key": "lora-lr-0.001-seed-0"}',
+    b'{"key": "lora-lr-0.001-seed-0", "error": null}',
+)
+
+
 def test_a_damaged_record_is_named_by_its_line(pretended, tmp_path):
-    _, options = pretended
+    *_, options = pretended
     invoke(methods.main, *options, "--only", "lora")
-    with (tmp_path / "out/runs.jsonl").open("a") as file:
-        file.write("{}\n")
-    assert "line 8: not the record of a run" in invoke(methods.main, *options, fails=True)
+    whole = (tmp_path / "out/runs.jsonl").read_bytes()
+    for line in DAMAGED:
+        (tmp_path / "out/runs.jsonl").write_bytes(whole + line + b"\n")
+        assert "line 8: not the record of a run" in invoke(methods.main, *options, fails=True), line
 
 
 def test_every_method_sets_only_known_parameters():
