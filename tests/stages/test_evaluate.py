@@ -26,7 +26,6 @@ pytestmark = pytest.mark.usefixtures("methods_folder", "no_pictures")
 def test_training_lowers_the_loss_on_the_test_split(method):
     metrics = read_json(f"{method}/eval.json")
     assert metrics["tuned"]["loss"] < metrics["base"]["loss"] - 0.05
-    assert metrics["tuned"]["accuracy"] > metrics["base"]["accuracy"]
 
 
 @pytest.mark.parametrize("method", METHODS)
