@@ -48,7 +48,7 @@ def main(out: Path) -> None:
             if prepare.fraction < 1:
                 facts.setdefault("fraction", {})[split] = kept = splits.keep_fraction(file, prepare.fraction, seed)
                 echo(f"prepare: {split:10} {kept['kept']:,} of {kept['of']:,} {kept['unit']} kept")
-            check_split(file, split, str(preset.dataset))
+            check_split(file, split, str(preset.dataset), advise(split, prepare.fraction, facts))
         (folder / MANIFEST).write_text(
             json.dumps({"source": origin, "files": digests(folder)} | facts, indent=2) + "\n"
         )
@@ -101,14 +101,27 @@ def describe_changes(changes: dict[str, Counter]) -> dict:
     return {"changes": {split: dict(counts) for split, counts in changes.items()}} if any(changes.values()) else {}
 
 
-def check_split(file: Path, split: str, dataset: str) -> None:
-    """Print the size of a split; refuse a blank one."""
+def advise(split: str, fraction: float, facts: dict) -> str:
+    """Return what to do about a blank split: its share decides only what was cut, and from train the rest is cut."""
+    advice = ["add text"]
+    if fraction < 1:
+        advice.append("raise prepare.fraction")
+    cut = facts.get("cut_from_train", {})
+    if split == "train" and cut:
+        advice.append("lower the shares under prepare")
+    elif split in cut:
+        advice.append(f"raise prepare.{split}_share")
+    return ", or ".join(advice)
+
+
+def check_split(file: Path, split: str, dataset: str, advice: str) -> None:
+    """Print the size of a split; refuse a blank one, with advice."""
     characters, count, blank = 0, 0, True
     for starts, piece in documents.read_marked(file, splits.LINE_CHARACTERS):
         characters, count = characters + len(piece), count + starts
         blank = blank and not piece.strip()
     if blank:
-        raise StageError(f"{dataset}: the {split} split is empty: add text, or raise the shares under prepare")
+        raise StageError(f"{dataset}: the {split} split is empty: {advice}")
     unit = "articles" if file.suffix == documents.TEXT else "documents"
     echo(f"prepare: {split:10} {characters:>12,} characters, {count + 1:>7,} {unit}")
 

@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 SAVED = ("dataset_dict.json", "state.json")  # files of folders that save_to_disk wrote: of splits, of one dataset
 BATCH_ROWS = 1000
+REPEATED = object()  # in the place of the values of a key that a JSON object has twice
 
 
 def table_suffix(path: Path) -> str | None:
@@ -73,6 +75,8 @@ def read_json_rows(path: Path, column: str) -> Iterator[str | None]:
             raise StageError(f"{path}: {place}: expected an object with a key {column!r}, not {type(row).__name__}")
         if column not in names:
             names |= dict.fromkeys(row)
+        if row.get(column) is REPEATED:
+            raise StageError(f"{path}: {place}: the key {column!r} stands there twice: expected it once")
         yield check_text(row.get(column), f"{path}: {place}", column)
     check_column(column, list(names), path)
 
@@ -85,16 +89,24 @@ def parse_rows(path: Path) -> Iterator[tuple[str, object]]:
         return
     if first[1].lstrip().startswith("["):
         try:
-            array = json.loads(first[1] + "".join(line for _, line in lines))
+            array = json.loads(first[1] + "".join(line for _, line in lines), object_pairs_hook=mark_repeated)
         except ValueError as error:
             raise StageError(f"{path}: not readable as JSON: {error}") from error
         yield from ((f"row {number:,}", row) for number, row in enumerate(array, start=1))
         return
     for number, line in itertools.chain([first], lines):
         try:
-            yield f"line {number:,}", json.loads(line)
+            yield f"line {number:,}", json.loads(line, object_pairs_hook=mark_repeated)
         except ValueError as error:
             raise StageError(f"{path}: not readable as JSON: line {number:,}: {error}") from error
+
+
+def mark_repeated(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Return a JSON object as a dictionary: Python alone would silently keep the last value of a repeated key."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        row |= {key: REPEATED for key, count in Counter(key for key, _ in pairs).items() if count > 1}
+    return row
 
 
 def read_parquet(path: Path, column: str) -> Iterator[str | None]:

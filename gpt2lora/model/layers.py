@@ -42,7 +42,21 @@ def check_target_layers(folder: Path, lora: LoraParams) -> None:
     layers = linear_layers(load_on_meta(folder))
     selected = select_target_layers(list(layers), lora)
     if (start := start_path(lora)) and start.exists():
-        check_start_layers({name: layer_shape(layers[name]) for name in selected}, read_layers(start))
+        found = read_layers(start)
+        experts = [name for name in found if name not in layers and ".experts" in name]
+        if experts and not adapts_experts(lora):
+            needed = "lora.dropout 0, lora.bits 16, use_dora false, target_modules all-linear and layers all"
+            what = f"an adapter without experts, or {needed}, with which PEFT adapts experts"
+            raise params.invalid("lora.start_from", f"one with {', '.join(experts[:4])}", what)
+        # The shapes of experts are compared when the adapter is loaded, with those that PEFT gives them.
+        others = {name: shape for name, shape in found.items() if name not in experts}
+        check_start_layers({name: layer_shape(layers[name]) for name in selected}, others)
+
+
+def adapts_experts(lora: LoraParams) -> bool:
+    """Tell whether PEFT can adapt a mixture's experts with these settings: it computes W + s B A of all experts."""
+    everything = lora.target_modules == "all-linear" and lora.layers == "all" and lora.init == "default"
+    return everything and not (lora.dropout or lora.use_dora) and lora.bits == 16
 
 
 def layer_shape(layer: torch.nn.Module) -> tuple[int, int]:

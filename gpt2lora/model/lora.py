@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from gpt2lora.model import fake_quant, lora_forward, lora_init
-from gpt2lora.model.layers import linear_layers, select_target_layers
+from gpt2lora.model.layers import adapts_experts, linear_layers, select_target_layers
 from gpt2lora.model.quantization import parameter_size
 from gpt2lora.pipeline.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, QUANTIZED_WEIGHTS
 from gpt2lora.pipeline.artifacts import require_file
@@ -60,12 +60,6 @@ def attach_lora(model: PreTrainedModel, lora: LoraParams) -> torch.nn.Module:
             # A method, not a partial: torch.compile would compile a partial again for each layer.
             module.forward = types.MethodType(lora_forward.lora_forward, module)
     return network
-
-
-def adapts_experts(lora: LoraParams) -> bool:
-    """Tell whether PEFT can adapt a mixture's experts with these settings: it computes W + s B A of all experts."""
-    everything = lora.target_modules == "all-linear" and lora.layers == "all" and lora.init == "default"
-    return everything and not (lora.dropout or lora.use_dora) and lora.bits == 16
 
 
 def expert_weights(model: PreTrainedModel) -> list[str]:

@@ -104,6 +104,8 @@ def test_a_folder_of_save_to_disk_is_read(tmp_path, named):
         ("a.csv", b'text\n"Hello\nyou\n', "not readable as CSV: line 3: unexpected end of data"),
         ("a.jsonl", "text\n".encode("utf-16-le"), "holds NUL characters, as texts in UTF-16 do"),
         ("a.jsonl", b'{"text": "\\ud83d"}', "line 1: column 'text' is not Unicode: surrogates not allowed"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "b", "text": "c"}\n', "line 2: the key 'text' stands there twice"),
+        ("a.json", b'[{"text": "b", "text": null}]', "row 1: the key 'text' stands there twice"),
         ("a.jsonl", b'["a"]\n["b"]', "not readable as JSON: Extra data"),
         ("a.jsonl", b'"a"\n', "line 1: expected an object with a key 'text', not str"),
         ("a.json", b"[1]", "row 1: expected an object with a key 'text', not int"),
@@ -148,3 +150,8 @@ def test_rows_of_the_hub_are_documents_unless_they_are_lines_of_wikitext(tmp_pat
     assert documents.read_split(tmp_path / "test.txt") == " \n = River = \n \n The river \n"
     user_files.write_hub_rows({"train": ["a\r\nb", ""]}, tmp_path)
     assert documents.read_split(tmp_path / "train.jsonl") == ["a\r\nb"]
+
+
+def test_repeated_keys_of_other_columns_change_nothing(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"id": 1, "id": 2, "text": "a", "more": {"text": 1, "text": 2}}')
+    assert list(read_tables([tmp_path / "a.jsonl"], "text")) == ["a"]

@@ -68,5 +68,18 @@ def test_a_separator_for_documents_of_their_own_is_refused(stage_folder, preset)
 @pytest.mark.parametrize(("name", "split"), [("train", "train"), ("valid", "validation"), ("test", "test")])
 def test_an_empty_split_is_reported(stage_folder, name, split, text):
     (stage_folder / "corpus" / f"{name}.txt").write_text(text)
-    line = f"corpus: the {split} split is empty: add text, or raise the shares under prepare"
-    assert error_line(prepare.main) == line
+    assert error_line(prepare.main) == f"corpus: the {split} split is empty: add text"
+
+
+@pytest.mark.parametrize(
+    ("lines", "advice"),
+    [
+        (["\n"] * 8 + ["text\n"] * 2, "train split is empty: add text, or lower the shares under prepare"),
+        (["text\n"] * 8 + ["\n", "text\n"], "validation split is empty: add text, or raise prepare.validation_share"),
+        (["text\n"] * 9 + ["\n"], "test split is empty: add text, or raise prepare.test_share"),
+    ],
+)
+def test_a_blank_split_that_was_cut_is_reported_with_its_share(stage_folder, lines, advice):
+    (stage_folder / "a.txt").write_text("".join(lines))
+    tiny.set_param(stage_folder, "presets.local.dataset", "a.txt")
+    assert error_line(prepare.main) == f"a.txt: the {advice}"

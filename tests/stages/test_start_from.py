@@ -11,10 +11,11 @@ from bad_input import error_line
 from dvc_yaml import computing_stages_run
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from small_models import write_mixtral
 from training_runs import run_stage
 from transformers import AutoModelForCausalLM
 
-from gpt2lora.model import loading, lora
+from gpt2lora.model import layers, loading, lora
 from gpt2lora.pipeline import adapter_files, schemas
 from gpt2lora.pipeline.cli import StageError
 from stages import base, sources, train
@@ -39,6 +40,17 @@ def test_training_begins_from_the_values_of_an_adapter(tmp_path, tiny_model, cha
     values = start_values(tiny_model, start_from=str(adapter), **changes)
     check_equal(values, lora.read_adapter(adapter))
     assert min(value.abs().max() for value in values.values()) > 0
+
+
+def test_an_adapter_of_experts(tmp_path):
+    """The adapter that `train` writes for a mixture; with dropout PEFT adapts no experts."""
+    base = write_mixtral(tmp_path / "base")
+    adapter = tiny.write_adapter(tmp_path / "adapter", base)
+    layers.check_target_layers(base, tiny.low_rank(start_from=str(adapter)))
+    check_equal(start_values(base, start_from=str(adapter)), lora.read_adapter(adapter))
+    for change in ({"dropout": 0.1}, {"bits": 8}, {"layers": [0]}):
+        with pytest.raises(StageError, match=r"lora\.dropout 0, .* not 'one with model\.layers\.0\.mlp\.experts"):
+            layers.check_target_layers(base, tiny.low_rank(start_from=str(adapter), **change))
 
 
 def test_an_adapter_that_peft_wrote_elsewhere(tmp_path, tiny_model):
