@@ -93,7 +93,7 @@ def describe_changes(changes: dict[str, Counter]) -> dict:
     words = {
         "line_ends": "line ends CRLF or CR written as LF",
         "byte_order_marks": "byte order mark left out",
-        "blank_documents": "blank rows left out",
+        "blank_documents": "rows left out, blank or without text",
     }
     for split, counts in changes.items():
         for key, count in counts.items():

@@ -8,13 +8,13 @@ import contextlib
 import os
 import shutil
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from gpt2lora.pipeline.artifacts import lock_folder
 from gpt2lora.pipeline.cli import echo
 
 POLL_SECONDS = 0.5
@@ -54,8 +54,7 @@ def leased(gpus: list[str], choose: Callable[[int], tuple[int, str]], stage: str
     Args:
         choose: returns for a number of free GPUs how many to take, and why.
     """
-    folder = Path(tempfile.gettempdir()) / f"gpt2lora-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    folder = lock_folder()
     waiting = False
     while not (held := _lock_free(gpus, folder)):
         if not waiting:

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,8 +121,41 @@ def atomic_output(target: Path) -> Iterator[Path]:
     `target` is a file or a folder. If the block raises, it keeps its content. If the process is killed, `target` is
     complete, old or new; only between the two renames that replace a folder it is absent, and the next call puts the
     old one back.
+
+    Raises:
+        StageError: another process is writing `target`, or the disk is full.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
+    with _only_writer(target):
+        yield from _replacement(target)
+
+
+@contextlib.contextmanager
+def _only_writer(target: Path) -> Iterator[None]:
+    """Hold the lock of `target`: two processes that write it at once would mix their files at its temporary path."""
+    from filelock import FileLock, Timeout  # takes a tenth of a second
+
+    lock = FileLock(lock_folder() / f"{hashlib.sha256(os.fsencode(target.resolve())).hexdigest()}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise StageError(f"{target} is being written by another process: wait for it, or end it") from error
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: FileLock takes no lock of a removed file
+        lock.release()
+
+
+def lock_folder() -> Path:
+    """Return the folder of the user's locks, which the operating system frees when their process ends."""
+    folder = Path(tempfile.gettempdir()) / f"gpt2lora-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+def _replacement(target: Path) -> Iterator[Path]:
+    """Yield a path beside `target`; then let it replace `target`."""
     new, old = (target.with_name(f".{target.name}.{suffix}") for suffix in ("new", "old"))
     _recover(target, new, old)
     try:

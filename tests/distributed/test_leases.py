@@ -53,7 +53,7 @@ def test_eight_processes_share_four_gpus_and_one_is_killed(tmp_path):
 
 
 def test_a_lease_takes_as_many_free_gpus_as_it_can_use(tmp_path, monkeypatch):
-    monkeypatch.setattr(leases.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(leases, "lock_folder", lambda: tmp_path)
 
     def lease(accumulation_steps: int):
         return leases.leased(GPUS, lambda free: choose_gpus(accumulation_steps, free), "train")

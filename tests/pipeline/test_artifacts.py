@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -127,3 +129,16 @@ def test_a_kill_between_the_two_renames_restores_the_old(tmp_path):
     with pytest.raises(StageError), atomic_output(tmp_path / "out"):
         raise StageError("the next run fails")
     assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["out", "out/file"]
+
+
+def test_a_second_writer_is_refused_and_damages_nothing(target):
+    """In one folder two stages that were started by hand would otherwise mix their files in one output."""
+    program = "from pathlib import Path\nfrom gpt2lora.pipeline.artifacts import atomic_output\n"
+    program += f"with atomic_output(Path({str(target)!r})) as new:\n    new.write_text('other')"
+    with atomic_output(target) as new:
+        write_new(target, new)
+        other = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert other.returncode and f"{target} is being written by another process" in other.stderr
+    assert (target / "new" if target.is_dir() else target).read_text() == "new"
+    assert [path.name for path in target.parent.iterdir()] == ["target"]
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0, "the lock is free again"
