@@ -71,7 +71,7 @@ def check_start(lora: "LoraParams") -> None:
     config = read_config(folder)
     for name, key in MATCHING.items():
         expected = config.get(key, False if name.startswith("use_") else None)
-        what = f"{expected!r}, as in the adapter of lora.start_from"
+        what = f"{params.in_yaml(expected)}, as in the adapter of lora.start_from"
         params.require(getattr(lora, name) == expected, f"lora.{name}", getattr(lora, name), what)
     expected = "an adapter of the whole base, not of what its init left of it"
     init = config.get("init_lora_weights")

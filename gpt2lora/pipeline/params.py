@@ -1,6 +1,7 @@
 """Read params.yaml: values are typed, and unknown keys are refused."""
 
 import functools
+import json
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, make_dataclass
@@ -84,7 +85,12 @@ def require(condition: bool, key: str, value: Any, expected: str) -> None:
 
 def invalid(key: str, value: Any, expected: str) -> StageError:
     """Return the error for a value of params.yaml that is not as expected."""
-    return StageError(f"{FILE}: {key}: expected {expected}, not {value!r}")
+    return StageError(f"{FILE}: {key}: expected {expected}, not {in_yaml(value)}")
+
+
+def in_yaml(value: Any) -> str:
+    """Return a value as it stands in params.yaml: Python's True, False and None are true, false and null there."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
 
 
 def null_column(columns: Iterable[str], table: Path | str) -> StageError:

@@ -153,7 +153,7 @@ def check_revision(kind: str, repo_id: str, revision: str | None) -> None:
     _set_up_client()
     advice = _suggest_commit(kind, repo_id, revision or "main")
     path = f"; if a path was meant: {repo_id!r} is no file or folder, seen from {Path.cwd()}"
-    line = f"{kind} {repo_id}: expected a full commit hash as its revision, not {revision!r}: {advice}"
+    line = f"{kind} {repo_id}: expected a full commit hash as its revision, not {params.in_yaml(revision)}: {advice}"
     raise StageError(line + path * (revision is None))
 
 

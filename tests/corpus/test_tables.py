@@ -121,7 +121,7 @@ def test_a_table_that_cannot_be_read_is_one_line(tmp_path, name, data, line):
 def test_a_table_without_a_named_column_has_its_columns_named(tmp_path, tiny_corpus, monkeypatch, suffix):
     monkeypatch.chdir(write_params(tmp_path, tiny_corpus))
     WRITERS[suffix](tmp_path / f"a.{suffix}")
-    line = f"presets.local.text_column: expected one of the columns of a.{suffix}: .*text.*, not None"
+    line = f"presets.local.text_column: expected one of the columns of a.{suffix}: .*text.*, not null"
     with pytest.raises(StageError, match=line):
         list(read_tables([Path(f"a.{suffix}")], None))
 

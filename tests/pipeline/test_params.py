@@ -18,6 +18,11 @@ LAYERS = "all, a range such as 6-11, or a list of numbers such as [0, 11]"
 PRECISION = "one of auto, bf16, fp32"
 
 
+def spelled(value) -> str:
+    """Return a value as params.yaml spells it."""
+    return {"True": "true", "False": "false", "None": "null"}.get(repr(value), repr(value))
+
+
 @dataclass
 class Small:
     steps: int
@@ -95,7 +100,7 @@ def test_a_number_may_be_written_in_any_notation(written, rate):
 def test_a_value_of_the_wrong_type_is_refused(folder, key, value, expected):
     tiny.set_param(folder, key, value)
     section = key.rpartition(".")[0]
-    assert error_line(section, SCHEMAS[section]) == f"params.yaml: {key}: expected {expected}, not {value!r}"
+    assert error_line(section, SCHEMAS[section]) == f"params.yaml: {key}: expected {expected}, not {spelled(value)}"
 
 
 @pytest.mark.parametrize(
@@ -137,7 +142,7 @@ def test_a_value_of_the_wrong_type_is_refused(folder, key, value, expected):
 def test_a_value_out_of_range_is_refused(folder, key, value, expected):
     tiny.set_param(folder, key, value)
     section = key.rpartition(".")[0]
-    assert error_line(section, SCHEMAS[section]) == f"params.yaml: {key}: expected {expected}, not {value!r}"
+    assert error_line(section, SCHEMAS[section]) == f"params.yaml: {key}: expected {expected}, not {spelled(value)}"
 
 
 @pytest.mark.parametrize(
@@ -204,7 +209,7 @@ def test_the_error_for_an_unknown_name_lists_the_known_names(folder, key, varian
     tiny.set_param(folder, key, name)
     with pytest.raises(StageError) as error:
         params.choice(key, variants)
-    assert error.value.format_message() == f"params.yaml: {key}: expected one of {known}, not {name!r}"
+    assert error.value.format_message() == f"params.yaml: {key}: expected one of {known}, not {spelled(name)}"
 
 
 @pytest.mark.parametrize("value", [3, True, "abc", None, [1]])
@@ -213,7 +218,7 @@ def test_variants_that_are_no_section_are_refused(folder, key, variants, value):
     tiny.set_param(folder, variants, value)
     with pytest.raises(StageError) as error:
         params.choice(key, variants)
-    assert error.value.format_message() == f"params.yaml: {variants}: expected a section, not {value!r}"
+    assert error.value.format_message() == f"params.yaml: {variants}: expected a section, not {spelled(value)}"
 
 
 @pytest.mark.parametrize("value", ["x", 1.5, None, [1]])
@@ -221,7 +226,7 @@ def test_a_seed_that_is_not_an_integer_is_refused(folder, value):
     tiny.set_param(folder, "seed", value)
     with pytest.raises(StageError) as error:
         params.value("seed", int)
-    assert error.value.format_message() == f"params.yaml: seed: expected an integer, not {value!r}"
+    assert error.value.format_message() == f"params.yaml: seed: expected an integer, not {spelled(value)}"
 
 
 @pytest.mark.parametrize(

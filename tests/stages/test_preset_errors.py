@@ -26,7 +26,7 @@ def test_a_path_that_does_not_exist_is_refused(stage_folder, stage, key, path):
 @MODEL_AND_DATASET
 def test_an_empty_preset_is_refused(stage_folder, stage, key):
     tiny.set_param(stage_folder, f"presets.local.{key}", None)
-    assert error_line(stage) == f"params.yaml: presets.local.{key}: expected a folder or an id on the hub, not None"
+    assert error_line(stage) == f"params.yaml: presets.local.{key}: expected a folder or an id on the hub, not null"
 
 
 @MODEL_AND_DATASET

@@ -42,7 +42,7 @@ def test_an_id_without_a_revision_may_have_been_a_path(stage_folder, monkeypatch
     monkeypatch.setattr(hub, "_suggest_commit", lambda kind, name, revision: f"write {COMMIT}")
     tiny.set_param(stage_folder, f"presets.local.{kind}", "gpt2")
     assert error_line(sources.main) == (
-        f"{kind} gpt2: expected a full commit hash as its revision, not None: write {COMMIT}; "
+        f"{kind} gpt2: expected a full commit hash as its revision, not null: write {COMMIT}; "
         f"if a path was meant: 'gpt2' is no file or folder, seen from {stage_folder}"
     )
     tiny.set_param(stage_folder, f"presets.local.{kind}_revision", COMMIT)

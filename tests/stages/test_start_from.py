@@ -114,8 +114,8 @@ def adapter(stage_folder, tiny_model) -> Path:
     [
         ("lora.r", 8, "lora.r: expected 16, as in the adapter of lora.start_from, not 8"),
         ("lora.alpha", 8.0, "lora.alpha: expected 32, as in the adapter of lora.start_from, not 8.0"),
-        ("lora.use_dora", True, "lora.use_dora: expected False, as in the adapter of lora.start_from, not True"),
-        ("lora.use_rslora", True, "lora.use_rslora: expected False, as in the adapter of lora.start_from, not True"),
+        ("lora.use_dora", True, "lora.use_dora: expected false, as in the adapter of lora.start_from, not true"),
+        ("lora.use_rslora", True, "lora.use_rslora: expected false, as in the adapter of lora.start_from, not true"),
         (
             "lora.init",
             "pissa",
