@@ -26,6 +26,7 @@ pytestmark = pytest.mark.usefixtures("methods_folder", "no_pictures")
 def test_training_lowers_the_loss_on_the_test_split(method):
     metrics = read_json(f"{method}/eval.json")
     assert metrics["tuned"]["loss"] < metrics["base"]["loss"] - 0.05
+    assert metrics["tuned"]["top5_accuracy"] > metrics["base"]["top5_accuracy"] + 0.05
 
 
 @pytest.mark.parametrize("method", METHODS)
